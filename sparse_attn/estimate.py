@@ -1,0 +1,113 @@
+"""How much attention the unread keys hold: a sampled estimate with its variance, and a bound.
+
+Owns the statistics of one query's recall; knows no selector and no files. A unit's estimated mass
+is only used to decide where to sample: the estimate is unbiased whatever that guess is worth
+(Horvitz and Thompson 1952; stratified two draws a stratum as in Cochran 1977, section 5A).
+`docs/maths.md`, section 4.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_attn.select.base import Tail
+from sparse_attn.torch_backend import fold_rows, unfold_rows
+
+# Share of the draws that ignores the estimated masses: no unread key is ever out of reach.
+_UNIFORM_SHARE = 0.2
+# Largest log ratio of one sampled key to everything that was read; beyond it float32 overflows.
+_MAX_LOG_RATIO = 60.0
+
+
+def sample_recall(
+    q: Tensor,
+    k: Tensor,
+    tail: Tail,
+    lse_read: Tensor,
+    *,
+    scale: float,
+    num_strata: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Estimate the share of attention that was read, from 2 * num_strata unread keys a query and
+    head.
+
+    q: [T, H, D]; k: [G, S, D]; lse_read: [T, H], natural log of what was read. Returns [T, H]
+    float32, 1 where no key is unread. Draws from `generator` (a CPU generator); reads
+    T * H * 2 * num_strata keys.
+    """
+    num_kv_heads = k.shape[0]
+    log_mass = fold_rows(tail.log_mass, num_kv_heads)
+    probabilities, has_unread = _draw_probabilities(log_mass, tail.sizes)
+    slots, weights = _draw(probabilities, tail, num_strata, generator)
+    scores = _scores_at(fold_rows(q, num_kv_heads), k, slots).mul_(scale)
+    log_read = fold_rows(lse_read.unsqueeze(-1), num_kv_heads)
+    ratio = weights * torch.exp((scores - log_read).clamp_(max=_MAX_LOG_RATIO))
+    recall = _recall_of(ratio.view(*ratio.shape[:2], num_strata, 2))
+    return unfold_rows(torch.where(has_unread, recall, 1.0).unsqueeze(-1), q.shape[0]).squeeze(-1)
+
+
+def bound_missed_share(q: Tensor, tail: Tail, lse_read: Tensor, *, scale: float) -> Tensor:
+    """Greatest share of attention that the unread keys can hold, [T, H] float32: the radius bound.
+
+    q: [T, H, D]. By Cauchy-Schwarz no key of a unit scores above s (q.c + |q| r). It is often
+    vacuous on real keys and is never an estimate.
+    """
+    per_group = q.shape[1] // tail.radii.shape[0]
+    reach = q.float().norm(dim=-1, keepdim=True) * tail.radii.repeat_interleave(per_group, dim=0)
+    most = torch.where(tail.log_mass > -math.inf, tail.log_mass_linear + reach, -math.inf)
+    return torch.sigmoid(torch.logsumexp(most, dim=-1) - lse_read)
+
+
+def _recall_of(ratio: Tensor) -> Tensor:
+    """Recall 1 / (1 + missed) of ratios [G, R, strata, 2] of missed to read mass.
+
+    The mean ratio is unbiased; its reciprocal is not, so the second-order term of that bias
+    (variance times half the second derivative) is taken off.
+    """
+    missed = ratio.mean(dim=(2, 3))
+    variance = (ratio[..., 0] - ratio[..., 1]).square().sum(dim=2) / (4 * ratio.shape[2] ** 2)
+    recall = 1.0 / (1.0 + missed)
+    return (recall - recall.pow(3) * variance).clamp_(0.0, 1.0)
+
+
+def _draw_probabilities(log_mass: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability of each unit [G, R, U] for each row, and whether the row has any unread key [G,
+    R].
+    """
+    is_unread = log_mass > -math.inf
+    has_unread = is_unread.any(dim=-1)
+    by_mass = torch.softmax(log_mass.masked_fill(~has_unread.unsqueeze(-1), 0.0), dim=-1)
+    keys = sizes.unsqueeze(1) * is_unread
+    by_size = keys / keys.sum(dim=-1, keepdim=True).clamp(min=1)
+    return torch.lerp(by_mass, by_size, _UNIFORM_SHARE), has_unread
+
+
+def _draw(
+    probabilities: Tensor, tail: Tail, num_strata: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Slots [G, R, 2 * num_strata] and the inverse of each draw's density, size / probability."""
+    shape = (*probabilities.shape[:2], num_strata, 2)
+    uniform = torch.rand((2, *shape), generator=generator).to(probabilities.device)
+    stratum = torch.arange(num_strata, device=probabilities.device).unsqueeze(1)
+    position = ((uniform[0] + stratum) / num_strata).flatten(2)
+    cumulative = probabilities.cumsum(dim=-1)
+    unit = torch.searchsorted(cumulative, position * cumulative[..., -1:]).clamp_(
+        max=probabilities.shape[-1] - 1
+    )
+    size = tail.sizes.unsqueeze(1).expand_as(probabilities).gather(2, unit)
+    start = tail.starts.unsqueeze(1).expand_as(probabilities).gather(2, unit)
+    slots = start + (uniform[1].flatten(2) * size).long().clamp_(max=size - 1)
+    return slots, size / probabilities.gather(2, unit).clamp(min=1e-30)
+
+
+def _scores_at(rows: Tensor, k: Tensor, slots: Tensor) -> Tensor:
+    """Products of rows [G, R, D] with the keys at slots [G, R, n] of k [G, S, D], float32."""
+    keys = torch.stack(
+        [k[g].index_select(0, slots[g].flatten().clamp(min=0)) for g in range(k.shape[0])]
+    )
+    keys = keys.view(*slots.shape, k.shape[2])
+    return torch.matmul(keys, rows.unsqueeze(-1)).squeeze(-1).float()

@@ -1,0 +1,1 @@
+"""Selectors: one file each, one protocol (`base.py`)."""

@@ -1,0 +1,202 @@
+"""Builds the clusters of one segment: batched k-means over every (layer, KV head) at once.
+
+Owns the slot order of a segment and the named tensors that the store persists (DESIGN section 6);
+knows no files and no queries. Lloyd's iterations with L2 distance from evenly spaced start tokens
+(RetroInfer, section 4.1), then every cluster above `max_cluster_ratio` times the mean size is cut
+along its widest dimension, so that one read never costs much more than another. Groups are k-means
+over the centroids. Everything is deterministic: the same keys give the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A radius is compared with distances that a query-time product rounds differently.
+_RADIUS_SLACK = 1.0 + 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CentroidParams:
+    """What decides the clusters; part of a document's manifest.
+
+    keys_per_cluster: mean size asked for; iterations: of k-means; max_cluster_ratio: a cluster
+    above this many times the mean size is split; clusters_per_group: mean size of a group of the
+    two-level look-up.
+    """
+
+    keys_per_cluster: int = 16
+    iterations: int = 8
+    max_cluster_ratio: int = 4
+    clusters_per_group: int = 8
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain values for the manifest."""
+        return asdict(self)
+
+
+class _Stats(NamedTuple):
+    """Statistics of runs of keys: [B, U, D] sums and spreads, [B, U] sizes and radii."""
+
+    centroids: Tensor
+    variances: Tensor
+    value_sums: Tensor
+    radii: Tensor
+    sizes: Tensor
+
+
+def build(
+    keys: Tensor, values: Tensor, *, num_sinks: int, num_window: int, params: CentroidParams
+) -> dict[str, Tensor]:
+    """Cluster one segment and give its slot order.
+
+    keys, values: [B, S, D], any float type, B = layers x KV heads, token order. The first
+    `num_sinks` and the last `num_window` tokens stay where they are and belong to no cluster.
+    Returns `order` [B, S] int64 (token of each slot) and the tensors `cluster_*`, `centroids`,
+    `value_sums`, `variances`, `radii`, `group_*` of DESIGN section 6, starts in segment-local
+    slots. Changes nothing.
+    """
+    num_problems, num_tokens, _ = keys.shape
+    body = slice(num_sinks, max(num_sinks, num_tokens - num_window))
+    body_keys, body_values = keys[:, body].float(), values[:, body].float()
+    num_body = body_keys.shape[1]
+    labels, max_clusters = _cluster(body_keys, params)
+    stats = _statistics(body_keys, body_values, labels, max_clusters)
+    group_of, max_groups = _group(stats, params)
+    new_column = torch.argsort(
+        torch.argsort(_column_key(group_of, stats.sizes, max_groups), dim=1), dim=1
+    )
+    labels = new_column.gather(1, labels)
+    stats = _Stats(*(_permute_columns(x, new_column) for x in stats))
+    group_of = _permute_columns(group_of, new_column)
+    order = torch.argsort(labels, dim=1, stable=True) + num_sinks
+    fixed = torch.arange(num_tokens, device=keys.device).expand(num_problems, -1)
+    order = torch.cat([fixed[:, :num_sinks], order, fixed[:, num_sinks + num_body :]], dim=1)
+    starts = stats.sizes.cumsum(1) - stats.sizes + num_sinks
+    group_labels = group_of.gather(1, labels)
+    groups = _statistics(body_keys, body_values, group_labels, max_groups)
+    group_counts = _count(group_of.masked_fill(stats.sizes == 0, max_groups), max_groups + 1)[
+        :, :-1
+    ]
+    return {
+        "order": order,
+        "cluster_starts": starts.int(),
+        "cluster_sizes": stats.sizes.int(),
+        "centroids": stats.centroids,
+        "value_sums": stats.value_sums,
+        "variances": stats.variances,
+        "radii": stats.radii,
+        "group_starts": (group_counts.cumsum(1) - group_counts).int(),
+        "group_counts": group_counts.int(),
+        "group_sizes": groups.sizes.int(),
+        "group_centroids": groups.centroids,
+        "group_value_sums": groups.value_sums,
+        "group_variances": groups.variances,
+        "group_radii": groups.radii,
+    }
+
+
+def kmeans(points: Tensor, *, num_clusters: int, iterations: int) -> Tensor:
+    """Labels [B, n] of Lloyd's k-means over points [B, n, D] float32; ties go to the lowest
+    cluster.
+
+    Starts from evenly spaced points; a cluster that loses every point keeps its centre.
+    """
+    num_points = points.shape[1]
+    first = torch.arange(num_clusters, device=points.device) * num_points // num_clusters
+    centres = points[:, first]
+    labels = _assign(points, centres)
+    for _ in range(iterations):
+        member = _membership(labels, num_clusters)
+        sizes = member.sum(dim=2, keepdim=True)
+        centres = torch.where(sizes > 0, torch.bmm(member, points) / sizes.clamp(min=1.0), centres)
+        labels = _assign(points, centres)
+    return labels
+
+
+def _assign(points: Tensor, centres: Tensor) -> Tensor:
+    norms = centres.square().sum(dim=2).unsqueeze(1)
+    return torch.baddbmm(norms, points, centres.transpose(1, 2), alpha=-2.0).argmin(dim=2)
+
+
+def _membership(labels: Tensor, num_clusters: int) -> Tensor:
+    """[B, n] labels -> [B, U, n] float32, 1 where the point belongs to the cluster."""
+    member = torch.zeros(labels.shape[0], num_clusters, labels.shape[1], device=labels.device)
+    return member.scatter_(1, labels.unsqueeze(1), 1.0)
+
+
+def _cluster(points: Tensor, params: CentroidParams) -> tuple[Tensor, int]:
+    """Labels [B, n] and the number of label values, oversized clusters already split."""
+    num_points = points.shape[1]
+    if num_points == 0:
+        return torch.zeros(points.shape[:2], dtype=torch.int64, device=points.device), 1
+    num_clusters = max(1, num_points // params.keys_per_cluster)
+    labels = kmeans(points, num_clusters=num_clusters, iterations=params.iterations)
+    max_size = params.max_cluster_ratio * math.ceil(num_points / num_clusters)
+    # A cluster of s keys gives fewer than s / max_size pieces beyond its first.
+    max_clusters = num_clusters + num_points // max_size
+    _split_oversized(points, labels, num_clusters, max_size)
+    return labels, max_clusters
+
+
+def _split_oversized(points: Tensor, labels: Tensor, num_clusters: int, max_size: int) -> None:
+    """Cut clusters above max_size into even pieces along their widest dimension; writes labels."""
+    sizes = _count(labels, num_clusters)
+    next_label = [num_clusters] * labels.shape[0]
+    for problem, cluster in (sizes > max_size).nonzero().tolist():
+        members = (labels[problem] == cluster).nonzero().squeeze(1)
+        own = points[problem, members]
+        widest = int(own.var(dim=0, unbiased=False).argmax())
+        members = members[torch.argsort(own[:, widest], stable=True)]
+        pieces = torch.tensor_split(members, math.ceil(members.numel() / max_size))
+        for piece in pieces[1:]:
+            labels[problem, piece] = next_label[problem]
+            next_label[problem] += 1
+
+
+def _statistics(keys: Tensor, values: Tensor, labels: Tensor, num_units: int) -> _Stats:
+    member = _membership(labels, num_units)
+    sizes = member.sum(dim=2)
+    counts = sizes.clamp(min=1.0).unsqueeze(2)
+    centroids = torch.bmm(member, keys) / counts
+    if keys.shape[1] == 0:
+        return _Stats(centroids, centroids, centroids, sizes, sizes.long())
+    centred = keys - centroids.gather(1, labels.unsqueeze(2).expand(-1, -1, keys.shape[2]))
+    squares = centred.square()
+    distance = squares.sum(dim=2).sqrt_()
+    radii = torch.zeros_like(sizes).scatter_reduce_(1, labels, distance, "amax")
+    return _Stats(
+        centroids=centroids,
+        variances=torch.bmm(member, squares) / counts,
+        value_sums=torch.bmm(member, values),
+        radii=radii * _RADIUS_SLACK,
+        sizes=sizes.long(),
+    )
+
+
+def _group(stats: _Stats, params: CentroidParams) -> tuple[Tensor, int]:
+    """Group [B, C] of every cluster, and the number of groups."""
+    num_groups = max(1, stats.sizes.shape[1] // params.clusters_per_group)
+    return kmeans(
+        stats.centroids, num_clusters=num_groups, iterations=params.iterations
+    ), num_groups
+
+
+def _column_key(group_of: Tensor, sizes: Tensor, num_groups: int) -> Tensor:
+    """Sort key that puts a group's clusters side by side and empty clusters last."""
+    group = group_of.masked_fill(sizes == 0, num_groups)
+    return group * sizes.shape[1] + torch.arange(sizes.shape[1], device=sizes.device)
+
+
+def _permute_columns(x: Tensor, new_column: Tensor) -> Tensor:
+    index = new_column if x.dim() == 2 else new_column.unsqueeze(2).expand_as(x)
+    return torch.empty_like(x).scatter_(1, index, x)
+
+
+def _count(labels: Tensor, num_values: int) -> Tensor:
+    counts = torch.zeros(labels.shape[0], num_values, dtype=torch.int64, device=labels.device)
+    return counts.scatter_add_(1, labels, torch.ones_like(labels))

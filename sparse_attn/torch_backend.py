@@ -1,0 +1,173 @@
+"""Vectorised torch: the production backend on CPUs, and on GPUs where no kernel exists yet.
+
+Same functions and signatures as `reference.py`. Query heads of one KV head are folded into the rows
+of one product, so a key is read once for its whole group. Scores of dense attention never exist as
+a whole matrix where torch has a fused operator that also returns the log-sum-exp (CPU: every float
+type; CUDA: half types); elsewhere they are computed for `_ROWS_AT_ONCE` rows at a time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_attn.state import Part
+
+_ROWS_AT_ONCE = 4096
+_FUSED_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FUSED_CUDA = torch.ops.aten._scaled_dot_product_flash_attention
+# The fused operators tile over rows; below this many the two plain products are as fast (measured:
+# `longspan bench attention`), and they give the float32 output that a part wants.
+_MIN_FUSED_ROWS = 8
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Part:
+    """Softmax attention of every query over every key.
+
+    q: [T, H, D]; k, v: [G, S, D]; mask: [T, S] bool, True where the key may be seen.
+    Rows that see no key give the empty part.
+    """
+    num_tokens, num_heads, _ = q.shape
+    num_kv_heads, num_slots, _ = k.shape
+    rows = fold_rows(q, num_kv_heads)
+    if num_slots == 0:
+        return _unfold(
+            rows.new_zeros(rows.shape), rows.new_full(rows.shape[:2], -math.inf), num_tokens
+        )
+    if mask is None and rows.shape[1] >= _MIN_FUSED_ROWS and _has_fused(q):
+        return _unfold(*_fused(rows, k, v, scale, is_causal=False), num_tokens)
+    if mask is not None:
+        per_group = num_heads // num_kv_heads
+        mask = (
+            mask.unsqueeze(0).expand(per_group, -1, -1).reshape(per_group * num_tokens, num_slots)
+        )
+    pieces = []
+    for start in range(0, rows.shape[1], _ROWS_AT_ONCE):
+        piece = slice(start, start + _ROWS_AT_ONCE)
+        scores = torch.bmm(rows[:, piece], k.transpose(1, 2)).float().mul_(scale)
+        if mask is not None:
+            scores.masked_fill_(~mask[piece], -math.inf)
+        pieces.append(_softmax_product(scores, v))
+    out, lse = (torch.cat(column, dim=1) for column in zip(*pieces, strict=True))
+    return _unfold(out, lse, num_tokens)
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Part:
+    """Attention of a chunk over itself: token t sees keys 0 to t.
+
+    q: [T, H, D]; k, v: [G, T, D].
+    """
+    num_tokens, num_heads, _ = q.shape
+    if num_tokens >= _MIN_FUSED_ROWS and _has_fused(q):
+        per_group = num_heads // k.shape[0]
+        k, v = (x.repeat_interleave(per_group, dim=0) for x in (k, v))
+        out, lse = _fused(q.transpose(0, 1), k, v, scale, is_causal=True)
+        return Part(out.transpose(0, 1).float(), lse.transpose(0, 1).float())
+    order = torch.arange(num_tokens, device=q.device)
+    return attend(q, k, v, scale=scale, mask=order.unsqueeze(0) <= order.unsqueeze(1))
+
+
+def attend_scored(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Part, Tensor]:
+    """`attend` without a mask, and the score of every key, [T, H, S] float32: for few queries
+    only.
+    """
+    scores = torch.bmm(fold_rows(q, k.shape[0]), k.transpose(1, 2)).float().mul_(scale)
+    part = _from_scores(scores, v, q.shape[0])
+    return part, unfold_rows(scores, q.shape[0])
+
+
+def attend_slots(
+    q: Tensor, k: Tensor, v: Tensor, slots: Tensor, *, visible: Tensor | None, scale: float
+) -> tuple[Part, Tensor]:
+    """Attention over chosen slots, and the score of each.
+
+    q: [T, H, D]; k, v: [G, S, D]; slots: [G, B] int64, -1 where padded; visible: [G, T, B] bool,
+    which slots each query attends to, None for all. Returns the part and scores [T, H, B] float32,
+    -inf where a query does not attend. Reads B keys and values a KV head, once for the tile.
+    """
+    num_tokens = q.shape[0]
+    keys, values = gather_slots(k, slots), gather_slots(v, slots)
+    scores = torch.bmm(fold_rows(q, k.shape[0]), keys.transpose(1, 2)).float().mul_(scale)
+    hidden = (slots < 0).unsqueeze(1)
+    if visible is not None:
+        hidden = ~visible | hidden
+    per_query = scores.view(scores.shape[0], -1, num_tokens, scores.shape[2])
+    per_query.masked_fill_(hidden.unsqueeze(1), -math.inf)
+    return _from_scores(scores, values, num_tokens), unfold_rows(scores, num_tokens)
+
+
+def attend_estimated(log_mass: Tensor, mean_values: Tensor) -> Part:
+    """The part of keys that were not read, each unit standing for its keys.
+
+    log_mass: [T, H, U] float32, -inf where the unit does not count; mean_values: [G, U, D] float32.
+    """
+    rows = fold_rows(log_mass, mean_values.shape[0])
+    return _from_scores(rows, mean_values, log_mass.shape[0])
+
+
+def gather_slots(x: Tensor, slots: Tensor) -> Tensor:
+    """Rows of x [G, S, D] at slots [G, B]; padding (-1) reads slot 0, whose weight is then 0."""
+    num_kv_heads, num_slots, head_dim = x.shape
+    base = torch.arange(num_kv_heads, device=x.device).unsqueeze(1) * (x.stride(0) // head_dim)
+    flat = (slots.clamp(min=0) + base).view(-1)
+    table = torch.as_strided(
+        x, (x.stride(0) // head_dim * (num_kv_heads - 1) + num_slots, head_dim), (head_dim, 1)
+    )
+    return table.index_select(0, flat).view(num_kv_heads, -1, head_dim)
+
+
+def unfold_rows(rows: Tensor, num_tokens: int) -> Tensor:
+    """[G, (H/G)*T, X] -> [T, H, X]."""
+    num_kv_heads, num_rows, width = rows.shape
+    return (
+        rows.view(num_kv_heads, num_rows // num_tokens, num_tokens, width)
+        .permute(2, 0, 1, 3)
+        .reshape(num_tokens, num_kv_heads * (num_rows // num_tokens), width)
+    )
+
+
+def fold_rows(q: Tensor, num_kv_heads: int) -> Tensor:
+    """[T, H, X] -> [G, (H/G)*T, X]: every query row that reads one KV head, together."""
+    num_tokens, num_heads, width = q.shape
+    per_group = num_heads // num_kv_heads
+    return (
+        q.view(num_tokens, num_kv_heads, per_group, width)
+        .permute(1, 2, 0, 3)
+        .reshape(num_kv_heads, -1, width)
+    )
+
+
+def _unfold(out: Tensor, lse: Tensor, num_tokens: int) -> Part:
+    return Part(
+        unfold_rows(out.float(), num_tokens),
+        unfold_rows(lse.float().unsqueeze(-1), num_tokens).squeeze(-1),
+    )
+
+
+def _from_scores(scores: Tensor, values: Tensor, num_tokens: int) -> Part:
+    """The part of folded scores [G, R, S] and values [G, S, D]."""
+    return _unfold(*_softmax_product(scores, values), num_tokens)
+
+
+def _softmax_product(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))
+    return torch.bmm(weights.to(values.dtype), values), lse
+
+
+def _has_fused(q: Tensor) -> bool:
+    return q.device.type == "cpu" or (
+        q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+    )
+
+
+def _fused(
+    rows: Tensor, k: Tensor, v: Tensor, scale: float, *, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    operator = _FUSED_CPU if rows.device.type == "cpu" else _FUSED_CUDA
+    result = operator(
+        rows.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), 0.0, is_causal, scale=scale
+    )
+    return result[0][0], result[1][0]
