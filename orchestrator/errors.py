@@ -1,0 +1,62 @@
+"""Faults that a user, a file or a device can cause, as seen by whoever runs Longspan.
+
+Every message is one line: *what, value, limit, remedy*. The leaves keep small trees of their own
+(`kv_store.errors`, `collectives.errors`, `sparse_attn.errors`); `cli.py` catches all of them.
+
+    LongspanError                 exit code 1: the work failed
+    |- UsageError                 exit code 2: wrong usage, nothing was started
+    |- InputError                 the source text cannot be read or ingested
+    |- ContextTooLong             more tokens than the model's context
+    |- ModelMismatch              a document that another model ingested
+    |- ModelError
+       |- ModelNotFound           no such model name or path
+       |- ModelUnsupported        rope type, activation or architecture that is not implemented
+       |- ModelDamaged            a weight file that is cut or inconsistent
+       |- ModelFetchFailed        the download of a known model failed
+"""
+
+from __future__ import annotations
+
+
+class LongspanError(Exception):
+    """Base of every fault that is reported to the user as one line."""
+
+    exit_code = 1
+
+
+class UsageError(LongspanError):
+    """The request itself is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class InputError(LongspanError):
+    """The source text cannot be read or ingested."""
+
+
+class ContextTooLong(LongspanError):
+    """More tokens than the model's context holds."""
+
+
+class ModelMismatch(LongspanError):
+    """A document that another model ingested."""
+
+
+class ModelError(LongspanError):
+    """Base of faults in finding or loading a model."""
+
+
+class ModelNotFound(ModelError):
+    """No model of that name or at that path."""
+
+
+class ModelUnsupported(ModelError):
+    """The model needs mathematics that is not implemented, so it is refused by name."""
+
+
+class ModelDamaged(ModelError):
+    """A weight file is cut, missing or inconsistent with its configuration."""
+
+
+class ModelFetchFailed(ModelError):
+    """A known model could not be downloaded or written."""

@@ -1,0 +1,68 @@
+"""The parts of a decoder layer as plain functions, and the weights they read.
+
+Owns the weight dataclasses and norm, attention projection and MLP. Norm weights are always
+float32, with Gemma's "+ 1" applied when they are loaded, so that one norm serves every model.
+Refuses to know files, KV and positions; `decoder.py` strings the parts together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+
+from orchestrator.model.config import Activation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """One layer. `qkv` stacks query, key and value rows, `gate_up` gate and up rows.
+
+    `qk_norm` repeats the query norm for H rows and the key norm for G rows, so that queries and
+    keys are normed together. Post norms are Gemma's.
+    """
+
+    attn_norm: Tensor  # [E] f32
+    qkv: Tensor  # [(H + 2G) D, E]
+    qkv_bias: Tensor | None  # [(H + 2G) D]
+    qk_norm: Tensor | None  # [H + G, D] f32
+    o: Tensor  # [E, H D]
+    o_bias: Tensor | None  # [E]
+    post_attn_norm: Tensor | None  # [E] f32
+    mlp_norm: Tensor  # [E] f32
+    gate_up: Tensor  # [2F, E], F = mlp_dim
+    gate_up_bias: Tensor | None  # [2F]
+    down: Tensor  # [E, F]
+    down_bias: Tensor | None  # [E]
+    post_mlp_norm: Tensor | None  # [E] f32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelWeights:
+    """All weights of a model; `lm_head` is `embedding` itself where the two are tied."""
+
+    embedding: Tensor  # [V, E]
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor  # [E] f32
+    lm_head: Tensor  # [V, E]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Norm the last dimension in float32; `weight` is [..., D] and may differ by head."""
+    normed = functional.rms_norm(x.float(), (x.shape[-1],), None, eps)
+    return (normed * weight).to(x.dtype)
+
+
+def mlp(x: Tensor, layer: LayerWeights, activation: Activation) -> Tensor:
+    """Return down(act(gate) * up), [T, E] to [T, E]."""
+    gate, up = functional.linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
+    act = (
+        functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
+    )
+    return functional.linear(act.mul_(up), layer.down, layer.down_bias)
+
+
+def residual(x: Tensor, branch: Tensor, post_norm: Tensor | None, eps: float) -> Tensor:
+    """Add a branch's output to the stream, normed first where the model does so."""
+    return x + (branch if post_norm is None else rms_norm(branch, post_norm, eps))
