@@ -1,0 +1,80 @@
+"""`longspan bench`: speed, with the limit first and a strong peer in the same run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from orchestrator.commands.common import JSON, echo_json, engine_options, load_engine
+from orchestrator.config import DEFAULT_MODEL
+
+
+@click.group()
+def bench() -> None:
+    """Benchmarks; the last line of stdout is one JSON object."""
+
+
+@bench.command()
+@click.option("--model", default=DEFAULT_MODEL, show_default=True)
+@click.option("--dtype", "dtypes", multiple=True, default=("float32", "bfloat16"))
+@click.option("--tokens", type=int, default=6500, show_default=True)
+@click.option("--questions", type=int, default=24, show_default=True)
+@click.option("--long-repeats", type=int, default=3, show_default=True)
+def amortised(
+    model: str, dtypes: tuple[str, ...], tokens: int, questions: int, long_repeats: int
+) -> None:
+    """Ingest once and ask many times, against transformers with and without a cache in memory."""
+    from orchestrator.evaluation.amortised import measure
+
+    results = [
+        measure(
+            model,
+            dtype,
+            num_tokens=tokens,
+            num_questions=questions,
+            num_long=long_repeats,
+            note=_note,
+        ).as_json()
+        for dtype in dtypes
+    ]
+    echo_json({"schema": 1, "benchmark": "amortised", "results": results})
+
+
+@bench.command()
+@click.option("--tokens", type=int, default=32768, show_default=True)
+@click.option("--segment-tokens", type=int, default=8192, show_default=True)
+@click.option("--budget", default="2048", show_default=True)
+@click.option("--repeats", type=int, default=20, show_default=True)
+@JSON
+@engine_options
+def decode(
+    tokens: int, segment_tokens: int, budget: str, repeats: int, as_json: bool, **options: Any
+) -> None:
+    """One decode step on a synthetic document, exact and centroid; use --model shape:NAME[@LAYERS]."""
+    from orchestrator.evaluation.decode_bench import measure_decode
+
+    with load_engine(options) as engine:
+        timings = measure_decode(
+            engine.model,
+            engine.backend,
+            num_tokens=tokens,
+            segment_tokens=segment_tokens,
+            modes=("exact", "centroid"),
+            budget=budget,
+            repeats=repeats,
+        )
+    if not as_json:
+        click.echo(timings[0].notice)
+        for timing in timings:
+            click.echo(
+                f"{timing.mode:9} limit {timing.limit_s * 1e3:8.2f} ms  "
+                f"median {timing.median_s * 1e3:8.2f} ms  "
+                f"({timing.min_s * 1e3:.2f} to {timing.max_s * 1e3:.2f}), "
+                f"{timing.limit_s / timing.median_s:.0%} of the limit"
+            )
+    echo_json({"schema": 1, "benchmark": "decode", "results": [t.as_json() for t in timings]})
+
+
+def _note(text: str) -> None:
+    click.echo(text, err=True)

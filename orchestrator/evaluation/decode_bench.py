@@ -1,0 +1,129 @@
+"""Seconds of one decode step on synthetic KV of a given length, beside what the bytes allow."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from orchestrator.evaluation.synthetic import NOTICE, synthetic_context
+from orchestrator.model.attention import AttentionPlan, QuestionAttention
+from orchestrator.model.load import LoadedModel
+from orchestrator.model.recorder import Recorder
+from orchestrator.selection import decide
+from orchestrator.types import AskOptions, Mode
+from sparse_attn.api import Backend
+from sparse_attn.select.base import Limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeTiming:
+    """One mode on one length; limit_s: step_bytes at the bandwidth that this run measured."""
+
+    notice: str
+    model: str
+    mode: str
+    levels: int
+    num_tokens: int
+    bandwidth_bytes_per_s: float
+    step_bytes: int
+    limit_s: float
+    median_s: float
+    min_s: float
+    max_s: float
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values."""
+        return asdict(self)
+
+
+def measure_decode(
+    model: LoadedModel,
+    backend: Backend,
+    *,
+    num_tokens: int,
+    segment_tokens: int,
+    modes: tuple[Mode, ...],
+    budget: str,
+    repeats: int,
+) -> list[DecodeTiming]:
+    """Time one-token forwards in each mode on the same synthetic document."""
+    decoder, cfg = model.decoder, model.cfg
+    context = synthetic_context(
+        cfg,
+        num_tokens=num_tokens,
+        segment_tokens=segment_tokens,
+        dtype=decoder.dtype,
+        device=decoder.device,
+    )
+    bandwidth = measure_read_bandwidth(decoder.device)
+    timings = []
+    for mode in modes:
+        decision = decide(
+            AskOptions(mode=mode, budget=budget if mode == "centroid" else None),
+            num_tokens=num_tokens,
+            num_steady=context.num_steady,
+            keys_per_cluster=16,
+        )
+        limit = Limit(keys=decision.retrieved_keys) if mode == "centroid" else None
+        plan = AttentionPlan(mode=mode, limit=limit, levels=decision.levels)
+        recorder = Recorder(context.resident, num_heads=cfg.num_heads)
+        attention = QuestionAttention(
+            context,
+            plan,
+            backend,
+            recorder,
+            scale=cfg.attention_scale,
+            windows=cfg.windows,
+            capacity_tokens=repeats + 2,
+        )
+        seconds = _time_steps(model, attention, num_tokens, repeats)
+        step_bytes = recorder.bytes_read() // (repeats + 2) + decoder.num_bytes
+        timings.append(
+            DecodeTiming(
+                notice=NOTICE,
+                model=model.name,
+                mode=mode,
+                levels=decision.levels,
+                num_tokens=num_tokens,
+                bandwidth_bytes_per_s=bandwidth,
+                step_bytes=step_bytes,
+                limit_s=step_bytes / bandwidth,
+                median_s=statistics.median(seconds),
+                min_s=min(seconds),
+                max_s=max(seconds),
+            )
+        )
+    return timings
+
+
+def measure_read_bandwidth(device: torch.device, *, num_bytes: int = 1 << 30) -> float:
+    """Bytes per second of summing a large tensor: what a streaming read can reach here."""
+    x = torch.ones(num_bytes // 4, device=device)
+    best_s = min(_time_once(lambda: float(x.sum())) for _ in range(4))
+    return num_bytes / best_s
+
+
+def _time_steps(
+    model: LoadedModel, attention: QuestionAttention, position: int, repeats: int
+) -> list[float]:
+    ids = torch.zeros(1, dtype=torch.int64, device=model.decoder.device)
+
+    def step(offset: int) -> None:
+        positions = torch.tensor([position + offset], device=ids.device)
+        hidden = model.decoder.forward(ids, positions, attention)
+        int(model.decoder.logits(hidden)[0].argmax())
+
+    with torch.inference_mode():
+        for offset in range(2):
+            step(offset)
+        return [_time_once(lambda o=offset: step(o + 2)) for offset in range(repeats)]
+
+
+def _time_once(function: object) -> float:
+    assert callable(function)
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began

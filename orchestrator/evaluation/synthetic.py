@@ -1,0 +1,94 @@
+"""A document that nobody wrote: seeded KV of N tokens, for timing only.
+
+Keys of each layer and KV head are drawn around random centres, so that clusters exist; one token in
+`HEAVY_PERIOD` is a heavy hitter whose key points along the mean query direction. Values are noise.
+Whatever is measured on it says nothing about answers, and every result says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kv_store import Layout, ResidentDocument
+from orchestrator.ingest import NUM_SINKS, order_segment
+from orchestrator.model.attention import DocumentContext
+from orchestrator.model.config import ModelConfig
+from sparse_attn.select.centroid_build import CentroidParams
+
+KEYS_PER_CENTRE = 24
+HEAVY_PERIOD = 997
+NOTICE = "random weights and synthetic KV: timing only, answers mean nothing"
+
+
+def synthetic_context(
+    cfg: ModelConfig,
+    *,
+    num_tokens: int,
+    segment_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+) -> DocumentContext:
+    """A resident document of num_tokens tokens in cfg's shape, clustered as an ingest would."""
+    layout = Layout(
+        num_tokens=num_tokens,
+        segment_tokens=segment_tokens,
+        sinks=NUM_SINKS,
+        window=64,
+        num_full_layers=len(cfg.full_layers),
+        num_sliding_layers=len(cfg.sliding_layers),
+        sliding_window=max((w for w in cfg.windows if w is not None), default=0),
+        num_kv_heads=cfg.num_kv_heads,
+        head_dim=cfg.head_dim,
+        kv_dtype=str(dtype).removeprefix("torch."),
+    )
+    resident = ResidentDocument.for_layout(layout, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for segment_idx in range(layout.num_segments):
+        resident.append(_segment(layout, segment_idx, dtype, device, generator))
+    resident.freeze()
+    return DocumentContext(
+        resident, num_sinks=layout.sinks, num_window=layout.window, scale=cfg.attention_scale
+    )
+
+
+def _segment(
+    layout: Layout,
+    segment_idx: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+) -> list[dict[str, Tensor]]:
+    start, stop = layout.segment_span(segment_idx)
+    shape = (layout.num_full_layers, layout.num_kv_heads, stop - start, layout.head_dim)
+    keys = _clustered_keys(shape, start, device, generator).to(dtype)
+    values = torch.randn(shape, generator=generator, device=device).to(dtype)
+    clustered = layout.clustered_span(segment_idx)
+    tensors = order_segment(keys, values, clustered, CentroidParams())
+    tensors["positions"] += start
+    if layout.num_sliding_layers:
+        kept = layout.sliding_tokens(segment_idx)
+        sliding = (layout.num_sliding_layers, layout.num_kv_heads, kept, layout.head_dim)
+        for name in ("sliding_k", "sliding_v"):
+            tensors[name] = torch.randn(sliding, generator=generator, device=device).to(dtype)
+    return [
+        {name: tensor[:, head].contiguous() for name, tensor in tensors.items()}
+        for head in range(layout.num_kv_heads)
+    ]
+
+
+def _clustered_keys(
+    shape: tuple[int, int, int, int], start: int, device: torch.device, generator: torch.Generator
+) -> Tensor:
+    num_layers, num_kv_heads, num_tokens, head_dim = shape
+    num_centres = max(1, num_tokens // KEYS_PER_CENTRE)
+    centres = torch.randn(
+        (num_layers, num_kv_heads, num_centres, head_dim), generator=generator, device=device
+    )
+    owner = torch.randint(num_centres, (num_tokens,), generator=generator, device=device)
+    noise = torch.randn(shape, generator=generator, device=device)
+    keys = centres[:, :, owner] + 0.5 * noise
+    heavy = torch.arange(start, start + num_tokens, device=device) % HEAVY_PERIOD == 0
+    keys[:, :, heavy] = 3.0
+    return keys

@@ -1,0 +1,308 @@
+"""Reads a document once: prefill chunk by chunk, cluster, seal segment by segment.
+
+The other meeting place (DESIGN section 3): keys from the decoder -> slot order and clusters from
+`sparse_attn` -> files of `kv_store`. Owns the loop and its counters; knows no questions.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from kv_store import DocumentParams, DocumentWriter, ResidentDocument, Store
+from orchestrator.errors import ContextTooLong, UsageError
+from orchestrator.model.load import LoadedModel
+from orchestrator.prefill import PrefillAttention
+from sparse_attn.api import Backend
+from sparse_attn.select.centroid_build import CentroidParams, build
+
+NUM_SINKS = 4
+MAX_CHUNK_TOKENS = 1024
+LIBRARIES = ("torch", "numpy", "longspan")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestOptions:
+    """What decides a document's bytes besides text and model.
+
+    chunk_tokens: of prefill, at most the segment; clusters: None keeps KV in token order without an
+    index (such a document answers in mode `exact` only).
+    """
+
+    segment_tokens: int = 8192
+    window: int = 64
+    kv_dtype: str | None = None
+    chunk_tokens: int = MAX_CHUNK_TOKENS
+    system: str | None = None
+    clusters: CentroidParams | None = field(default_factory=CentroidParams)
+    replace: bool = False
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        if self.segment_tokens < 256 or self.segment_tokens % 256:
+            raise UsageError(
+                f"segment tokens {self.segment_tokens} is not a positive multiple of 256; give "
+                f"1024 or 8192, for example"
+            )
+        if self.window < 1:
+            raise UsageError(
+                f"window {self.window} is below 1 token; the last tokens are always read; give 64"
+            )
+        if self.chunk_tokens < 1:
+            raise UsageError(f"chunk tokens {self.chunk_tokens} is below 1; give 512, for example")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far an ingest is; tokens_per_s and eta_s count what this process computed."""
+
+    num_tokens: int
+    done_tokens: int
+    tokens_per_s: float
+    eta_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestReport:
+    """A finished ingest. computed_tokens excludes what a resume found sealed; was_complete: a
+    no-op.
+    """
+
+    name: str
+    document_hash: str
+    num_tokens: int
+    computed_tokens: int
+    was_complete: bool
+    prefill_s: float
+    cluster_s: float
+    write_s: float
+    total_s: float
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def ingest(
+    model: LoadedModel,
+    backend: Backend,
+    store: Store,
+    name: str,
+    text: str,
+    options: IngestOptions,
+    *,
+    threads: int,
+    on_progress: OnProgress | None = None,
+) -> IngestReport:
+    """Ingest `text` under `name`, or resume it, or do nothing if it is already there.
+
+    Raises ContextTooLong before anything is written, and the store's errors; a document that fails
+    half-way stays resumable.
+    """
+    started = time.perf_counter()
+    frame = model.tokenizer.frame(options.system)
+    text_ids, text_spans = model.tokenizer.encode(text)
+    ids, spans = frame + list(text_ids), [(-1, -1)] * len(frame) + list(text_spans)
+    _check_context(model, len(ids))
+    params = document_params(model, options, frame_tokens=len(frame), threads=threads)
+    with store.begin(
+        name, params, text, ids, spans, replace=options.replace, restart=options.restart
+    ) as writer:
+        if writer.is_complete:
+            return _report(name, writer.finish(), len(ids), None, started)
+        run = _Run(
+            model, backend, writer, params, torch.tensor(ids, device=model.decoder.device), options
+        )
+        run.fill(on_progress or (lambda _: None))
+        return _report(name, writer.finish(), len(ids), run, started)
+
+
+def document_params(
+    model: LoadedModel, options: IngestOptions, *, frame_tokens: int, threads: int
+) -> DocumentParams:
+    """The parameters that the manifest keeps."""
+    cfg = model.cfg
+    dtype = str(model.decoder.dtype).removeprefix("torch.")
+    windows = {window for window in cfg.windows if window is not None}
+    return DocumentParams(
+        model=model.name,
+        model_fingerprint=model.fingerprint,
+        tokenizer_fingerprint=model.tokenizer.fingerprint,
+        rope={"full": asdict(cfg.rope), "sliding": asdict(cfg.rope_sliding)},
+        dtype=dtype,
+        kv_dtype=options.kv_dtype or dtype,
+        segment_tokens=options.segment_tokens,
+        frame_tokens=frame_tokens,
+        sinks=NUM_SINKS,
+        window=options.window,
+        num_full_layers=len(cfg.full_layers),
+        num_sliding_layers=len(cfg.sliding_layers),
+        sliding_window=max(windows, default=0),
+        num_kv_heads=cfg.num_kv_heads,
+        head_dim=cfg.head_dim,
+        selector={"name": "centroid", **options.clusters.to_dict()}
+        if options.clusters
+        else {"name": "none"},
+        chunk_tokens=min(options.chunk_tokens, options.segment_tokens),
+        prefill="exact",
+        threads=threads,
+        mesh="1x1",
+        machine=f"{model.decoder.device.type}-{platform.machine()}",
+        library_versions={library: version(library) for library in LIBRARIES},
+    )
+
+
+class _Run:
+    """One ingest in progress: resident KV, open segment, counters."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        backend: Backend,
+        writer: DocumentWriter,
+        params: DocumentParams,
+        ids: Tensor,
+        options: IngestOptions,
+    ) -> None:
+        self.model, self.writer, self.params, self.ids, self.options = (
+            model,
+            writer,
+            params,
+            ids,
+            options,
+        )
+        self.layout = writer.layout
+        self.resident = ResidentDocument.for_layout(
+            self.layout, dtype=model.decoder.dtype, device=model.decoder.device
+        )
+        self.attention = PrefillAttention(
+            self.resident,
+            backend,
+            scale=model.cfg.attention_scale,
+            windows=model.cfg.windows,
+            segment_tokens=params.segment_tokens,
+            head_dim=model.cfg.head_dim,
+        )
+        self.computed_tokens = 0
+        self.prefill_s = self.cluster_s = self.write_s = 0.0
+
+    def fill(self, on_progress: OnProgress) -> None:
+        """Load what is sealed, then compute, seal and append every other segment."""
+        for segment_idx in range(self.writer.sealed_segments):
+            self.resident.append(self.writer.read_segment(segment_idx))
+        started, first = time.perf_counter(), self.resident.num_sealed
+        for segment_idx in range(self.writer.sealed_segments, self.layout.num_segments):
+            start, stop = self.layout.segment_span(segment_idx)
+            for chunk_start in range(start, stop, self.params.chunk_tokens):
+                chunk_stop = min(chunk_start + self.params.chunk_tokens, stop)
+                self._prefill_chunk(chunk_start, chunk_stop)
+                on_progress(_progress(self.layout.num_tokens, chunk_stop, first, started))
+            self._seal(segment_idx)
+
+    def _prefill_chunk(self, start: int, stop: int) -> None:
+        began = time.perf_counter()
+        positions = torch.arange(start, stop, device=self.ids.device)
+        with torch.inference_mode():
+            self.model.decoder.forward(self.ids[start:stop], positions, self.attention)
+        self.attention.advance(stop - start)
+        self.computed_tokens += stop - start
+        self.prefill_s += time.perf_counter() - began
+
+    def _seal(self, segment_idx: int) -> None:
+        """Cluster the open segment, write it, and let later chunks attend to its stored form."""
+        began = time.perf_counter()
+        with torch.inference_mode():
+            heads = self._build_heads(segment_idx)
+        built = time.perf_counter()
+        self.writer.append_segment(segment_idx, heads)
+        self.resident.append(heads)
+        self.attention.restart()
+        self.cluster_s += built - began
+        self.write_s += time.perf_counter() - built
+
+    def _build_heads(self, segment_idx: int) -> list[dict[str, Tensor]]:
+        """The named tensors of each KV head's file of the open segment."""
+        full, sliding = self.attention.full_layers, self.attention.sliding_layers
+        start, stop = self.layout.segment_span(segment_idx)
+        k, v = (
+            self._stored(x[:, :, : stop - start])
+            for x in (self.attention.open_k, self.attention.open_v)
+        )
+        tensors = order_segment(
+            k[full], v[full], self.layout.clustered_span(segment_idx), self.options.clusters
+        )
+        tensors["positions"] += start
+        kept = self.layout.sliding_tokens(segment_idx)
+        if sliding:
+            tensors["sliding_k"] = k[sliding][:, :, stop - start - kept :]
+            tensors["sliding_v"] = v[sliding][:, :, stop - start - kept :]
+        return [
+            {name: tensor[:, head].contiguous() for name, tensor in tensors.items()}
+            for head in range(self.params.num_kv_heads)
+        ]
+
+    def _stored(self, x: Tensor) -> Tensor:
+        return x.to(getattr(torch, self.params.kv_dtype))
+
+
+def order_segment(
+    k: Tensor, v: Tensor, clustered: tuple[int, int], params: CentroidParams | None
+) -> dict[str, Tensor]:
+    """Slot order and clusters of k, v [L, G, S, D] of one segment, all tensors [L, G, ...]."""
+    num_layers, num_kv_heads, num_tokens, head_dim = k.shape
+    if params is None or num_layers == 0:
+        positions = torch.arange(num_tokens, device=k.device, dtype=torch.int32)
+        return {"k": k, "v": v, "positions": positions.expand(num_layers, num_kv_heads, -1).clone()}
+    first, last = clustered
+    built = build(
+        k.reshape(-1, num_tokens, head_dim),
+        v.reshape(-1, num_tokens, head_dim),
+        num_sinks=first,
+        num_window=num_tokens - last,
+        params=params,
+    )
+    tensors = {name: x.view(num_layers, num_kv_heads, *x.shape[1:]) for name, x in built.items()}
+    order = tensors.pop("order")
+    index = order.unsqueeze(-1).expand(-1, -1, -1, head_dim)
+    return {"k": k.gather(2, index), "v": v.gather(2, index), "positions": order.int(), **tensors}
+
+
+def _check_context(model: LoadedModel, num_tokens: int) -> None:
+    limit = model.cfg.max_context_tokens
+    if num_tokens >= limit:
+        raise ContextTooLong(
+            f"document has {num_tokens} tokens, the context of {model.name} holds {limit}, "
+            f"question and answer "
+            "included; shorten the document or choose a model with a longer context"
+        )
+
+
+def _progress(num_tokens: int, done: int, first: int, started: float) -> Progress:
+    rate = (done - first) / max(time.perf_counter() - started, 1e-9)
+    return Progress(
+        num_tokens=num_tokens,
+        done_tokens=done,
+        tokens_per_s=rate,
+        eta_s=(num_tokens - done) / max(rate, 1e-9),
+    )
+
+
+def _report(
+    name: str, document_hash: str, num_tokens: int, run: _Run | None, started: float
+) -> IngestReport:
+    return IngestReport(
+        name=name,
+        document_hash=document_hash,
+        num_tokens=num_tokens,
+        computed_tokens=run.computed_tokens if run else 0,
+        was_complete=run is None,
+        prefill_s=run.prefill_s if run else 0.0,
+        cluster_s=run.cluster_s if run else 0.0,
+        write_s=run.write_s if run else 0.0,
+        total_s=time.perf_counter() - started,
+    )

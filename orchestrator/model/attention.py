@@ -1,0 +1,305 @@
+"""A question's attention: the meeting place of stored KV and parts (keys in, part out).
+
+Owns, for one question on one document: the steady keys (sinks, last window, question, answer so
+far), which parts are computed in which layer, and what is told to the recorder. Knows no decoder
+and no files: the decoder calls it with rotated queries and keys and gets the attention output back.
+
+Full-attention layers merge  steady | retrieved | estimated  (or steady | body when `exact`);
+sliding-window layers attend to the last `window` keys and are neither selected nor recorded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kv_store import ResidentDocument
+from orchestrator.model.recorder import Recorder
+from orchestrator.recall import PairSample
+from sparse_attn.api import Backend
+from sparse_attn.estimate import bound_missed_share, sample_recall
+from sparse_attn.select.base import Limit, Selection
+from sparse_attn.select.centroid import CentroidIndex, Units, select, select_nothing
+from sparse_attn.state import Part, merge_parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPlan:
+    """Everything decided before the first forward: `auto` is already resolved.
+
+    mode: exact, window or centroid; limit: of retrieved keys (centroid only); levels: of the
+    look-up; tile_tokens: question tokens that read together; recall_period: of each layer, every
+    how manieth query has its recall sampled, from num_strata times two keys a head; audit: compare
+    every query with exact attention.
+    """
+
+    mode: str
+    limit: Limit | None
+    levels: int
+    tile_tokens: int = 64
+    recall_period: int = 4
+    num_strata: int = 32
+    seed: int = 0
+    audit: bool = False
+
+
+class DocumentContext:
+    """A document in memory, ready for questions: its KV and the look-up tables of each layer.
+
+    Shared by every question on the document and changed by none. num_sinks, num_window: the steady
+    zone.
+    """
+
+    def __init__(
+        self, resident: ResidentDocument, *, num_sinks: int, num_window: int, scale: float
+    ) -> None:
+        self.resident = resident
+        self._scale = scale
+        self.num_tokens = resident.num_tokens
+        self.num_sinks = min(num_sinks, self.num_tokens)
+        self.num_window = min(num_window, self.num_tokens - self.num_sinks)
+        self._indexes: dict[int, CentroidIndex] = {}
+
+    @property
+    def num_steady(self) -> int:
+        """Keys that are always read: sinks and window."""
+        return self.num_sinks + self.num_window
+
+    @property
+    def body(self) -> slice:
+        """Slots outside the steady zone."""
+        return slice(self.num_sinks, self.num_tokens - self.num_window)
+
+    def index(self, full_layer: int) -> CentroidIndex:
+        """Look-up tables of the `full_layer`-th full-attention layer, built on first use."""
+        if full_layer not in self._indexes:
+            self._indexes[full_layer] = _build_index(self.resident, full_layer, self._scale)
+        return self._indexes[full_layer]
+
+    def steady_keys(self, full_layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [G, sinks + window, D] of the steady zone."""
+        k, v = self.resident.k[full_layer], self.resident.v[full_layer]
+        stop = self.num_tokens - self.num_window
+        return (
+            torch.cat([k[:, : self.num_sinks], k[:, stop:]], dim=1),
+            torch.cat([v[:, : self.num_sinks], v[:, stop:]], dim=1),
+        )
+
+
+def _build_index(resident: ResidentDocument, full_layer: int, scale: float) -> CentroidIndex:
+    tables = resident.clusters[full_layer]
+    clusters = Units.from_sums(
+        scale=scale,
+        centroids=tables.centroids,
+        variances=tables.variances,
+        value_sums=tables.value_sums,
+        radii=tables.radii,
+        starts=tables.starts,
+        sizes=tables.sizes,
+    )
+    first_cluster = tables.group_starts.long().clamp(max=clusters.starts.shape[1] - 1)
+    groups = Units.from_sums(
+        scale=scale,
+        centroids=tables.group_centroids,
+        variances=tables.group_variances,
+        value_sums=tables.group_value_sums,
+        radii=tables.group_radii,
+        starts=clusters.starts.gather(1, first_cluster),
+        sizes=tables.group_sizes,
+    )
+    return CentroidIndex(
+        clusters=clusters,
+        groups=groups,
+        group_starts=tables.group_starts.long(),
+        group_counts=tables.group_counts.long(),
+    )
+
+
+class QuestionAttention:
+    """Attention of one question: call it once per layer and forward, in layer order.
+
+    windows: per layer, the sliding window in tokens or None; capacity_tokens: question plus answer.
+    """
+
+    def __init__(
+        self,
+        context: DocumentContext,
+        plan: AttentionPlan,
+        backend: Backend,
+        recorder: Recorder,
+        *,
+        scale: float,
+        windows: tuple[int | None, ...],
+        capacity_tokens: int,
+    ) -> None:
+        self._context, self._plan, self._backend, self._recorder = context, plan, backend, recorder
+        self._scale, self._windows = scale, windows
+        self._generator = torch.Generator().manual_seed(plan.seed)
+        self._pairs = PairSample(
+            num_layers=len(context.resident.k), period=plan.recall_period, seed=plan.seed
+        )
+        self._places = _count_per_kind(windows)
+        self._tails = [self._make_tail(layer, capacity_tokens) for layer in range(len(windows))]
+        self._filled = [int(tail[2]) for tail in self._tails]
+
+    def __call__(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention output [T, H, D] in q's dtype, for q [T, H, D] and the new k, v [T, G, D]."""
+        past = self._append(layer_idx, k, v)
+        window = self._windows[layer_idx]
+        if window is not None:
+            return self._attend_sliding(layer_idx, q, past, window).out.to(q.dtype)
+        steady = self._attend_steady(layer_idx, q, k, v, past)
+        full_layer = self._places[layer_idx]
+        if self._plan.mode == "exact":
+            return self._attend_exact(full_layer, q, steady, past).to(q.dtype)
+        tile = self._plan.tile_tokens
+        outs = [
+            self._attend_selected(
+                full_layer,
+                q[start : start + tile],
+                Part(steady.out[start : start + tile], steady.lse[start : start + tile]),
+                past + min(start + tile, q.shape[0]),
+                is_last=start + tile >= q.shape[0],
+            )
+            for start in range(0, q.shape[0], tile)
+        ]
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).to(q.dtype)
+
+    def _make_tail(self, layer_idx: int, capacity_tokens: int) -> tuple[Tensor, Tensor, int]:
+        """Buffers [G, kept + capacity, D] that begin with the document keys this layer always
+        reads.
+        """
+        place, resident = self._places[layer_idx], self._context.resident
+        if self._windows[layer_idx] is None:
+            k, v = self._context.steady_keys(place)
+        else:
+            k, v = resident.sliding_k[place], resident.sliding_v[place]
+        kept = k.shape[1]
+        buffers = [x.new_empty((x.shape[0], kept + capacity_tokens, x.shape[2])) for x in (k, v)]
+        buffers[0][:, :kept], buffers[1][:, :kept] = k, v
+        return buffers[0], buffers[1], kept
+
+    def _append(self, layer_idx: int, k: Tensor, v: Tensor) -> int:
+        """Add the new keys to the layer's tail; returns how many it held before."""
+        past, stop = self._filled[layer_idx], self._filled[layer_idx] + k.shape[0]
+        tail_k, tail_v, _ = self._tails[layer_idx]
+        tail_k[:, past:stop] = k.transpose(0, 1)
+        tail_v[:, past:stop] = v.transpose(0, 1)
+        self._filled[layer_idx] = stop
+        return past
+
+    def _attend_steady(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, past: int) -> Part:
+        tail_k, tail_v, _ = self._tails[layer_idx]
+        if q.shape[0] == 1:
+            stop = past + 1
+            return self._backend.attend(q, tail_k[:, :stop], tail_v[:, :stop], scale=self._scale)
+        before = self._backend.attend(q, tail_k[:, :past], tail_v[:, :past], scale=self._scale)
+        k, v = k.transpose(0, 1).to(tail_k.dtype), v.transpose(0, 1).to(tail_v.dtype)
+        return merge_parts([before, self._backend.attend_causal(q, k, v, scale=self._scale)])
+
+    def _attend_sliding(self, layer_idx: int, q: Tensor, past: int, window: int) -> Part:
+        tail_k, tail_v, _ = self._tails[layer_idx]
+        stop = past + q.shape[0]
+        first = max(0, past - window + 1)
+        k, v = tail_k[:, first:stop], tail_v[:, first:stop]
+        if q.shape[0] == 1:
+            return self._backend.attend(q, k, v, scale=self._scale)
+        key = torch.arange(first, stop, device=q.device)
+        query = torch.arange(past, stop, device=q.device).unsqueeze(1)
+        mask = (key <= query) & (key > query - window)
+        return self._backend.attend(q, k, v, scale=self._scale, mask=mask)
+
+    def _attend_exact(self, full_layer: int, q: Tensor, steady: Part, past: int) -> Tensor:
+        body, resident = self._context.body, self._context.resident
+        k, v = resident.k[full_layer][:, body], resident.v[full_layer][:, body]
+        if q.shape[0] == 1:
+            part, scores = self._backend.attend_scored(q, k, v, scale=self._scale)
+        else:
+            part = self._backend.attend(q, k, v, scale=self._scale)
+            _, scores = self._backend.attend_scored(q[-1:], k, v, scale=self._scale)
+        merged = merge_parts([steady, part])
+        self._recorder.add_evidence_run(full_layer, body, scores[-1], merged.lse[-1])
+        self._recorder.add_exact(q.shape[0], past + q.shape[0] + k.shape[1])
+        return merged.out
+
+    def _attend_selected(
+        self, full_layer: int, q: Tensor, steady: Part, num_steady: int, *, is_last: bool
+    ) -> Tensor:
+        """One tile: select, read, estimate the rest, and tell the recorder what was missed."""
+        resident = self._context.resident
+        k, v = resident.k[full_layer], resident.v[full_layer]
+        selection, parts = self._select(full_layer, q, steady.lse), [steady]
+        if selection.slots.shape[1]:
+            part, scores = self._backend.attend_slots(
+                q, k, v, selection.slots, visible=selection.visible, scale=self._scale
+            )
+            parts.append(part)
+        read = merge_parts(parts)
+        if is_last and selection.slots.shape[1]:
+            self._recorder.add_evidence_slots(full_layer, selection.slots, scores[-1], read.lse[-1])
+        first_query = num_steady - q.shape[0] - self._context.num_steady
+        num_sampled = self._sample_recall(full_layer, q, selection, read, first_query=first_query)
+        self._recorder.add_read(
+            full_layer, q.shape[0], num_steady, selection, num_sampled=num_sampled
+        )
+        if self._plan.audit:
+            self._audit(full_layer, q, selection, steady, read)
+        if self._plan.mode == "window":
+            return read.out
+        tail = selection.tail
+        estimated = self._backend.attend_estimated(tail.log_mass, tail.mean_values)
+        return merge_parts([read, estimated]).out
+
+    def _select(self, full_layer: int, q: Tensor, lse_steady: Tensor) -> Selection:
+        index, plan = self._context.index(full_layer), self._plan
+        if plan.limit is None:
+            return select_nothing(index, q)
+        return select(index, q, lse_steady=lse_steady, limit=plan.limit, levels=plan.levels)
+
+    def _sample_recall(
+        self, full_layer: int, q: Tensor, selection: Selection, read: Part, *, first_query: int
+    ) -> int:
+        """Sample the recall of the tile's chosen queries; returns keys read for it."""
+        chosen = self._pairs.chosen(full_layer, first_query, q.shape[0])
+        if not chosen:
+            return 0
+        queries = [first_query + t for t in chosen]
+        if len(chosen) < q.shape[0]:
+            rows = torch.tensor(chosen, device=q.device)
+            q, lse, tail = q[rows], read.lse[rows], selection.tail.of_queries(rows)
+        else:
+            lse, tail = read.lse, selection.tail
+        recall = sample_recall(
+            q,
+            self._context.resident.k[full_layer],
+            tail,
+            lse,
+            scale=self._scale,
+            num_strata=self._plan.num_strata,
+            generator=self._generator,
+        )
+        bound = bound_missed_share(q, tail, lse, scale=self._scale)
+        self._recorder.add_recall(full_layer, queries, recall, bound)
+        return 2 * self._plan.num_strata * q.shape[0] * q.shape[1]
+
+    def _audit(
+        self, full_layer: int, q: Tensor, selection: Selection, steady: Part, read: Part
+    ) -> None:
+        body, resident = self._context.body, self._context.resident
+        k, v = resident.k[full_layer][:, body], resident.v[full_layer][:, body]
+        total = merge_parts([steady, self._backend.attend(q, k, v, scale=self._scale)])
+        bound = bound_missed_share(q, selection.tail, read.lse, scale=self._scale)
+        recall = torch.exp(read.lse - total.lse).clamp_(max=1.0)
+        self._recorder.add_audit(full_layer, recall, bound)
+
+
+def _count_per_kind(windows: tuple[int | None, ...]) -> list[int]:
+    """For each layer, its index among the layers of its own kind (full or sliding)."""
+    counts = {True: 0, False: 0}
+    places = []
+    for window in windows:
+        places.append(counts[window is None])
+        counts[window is None] += 1
+    return places

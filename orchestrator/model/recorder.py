@@ -1,0 +1,181 @@
+"""What a question's attention saw: evidence mass, recall, audit, bytes. Adds up; decides nothing.
+
+Owns the accumulators of one question. Masses stay on the device until the answer is complete; each
+method is called once per full-attention layer and tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kv_store import ResidentDocument
+from orchestrator.recall import predict_mean
+from orchestrator.types import Audit, Bound, Recall
+from sparse_attn.select.base import Selection
+
+# A bound above this share of a query's attention says nothing about what was missed.
+VACUOUS_SHARE = 0.99
+# Float32 rounding between a mass audited by dense attention and one summed from parts.
+_ROUNDING = 1e-5
+
+
+class Recorder:
+    """Accumulates over one question; `resident` gives shapes only."""
+
+    def __init__(self, resident: ResidentDocument, *, num_heads: int) -> None:
+        self._resident = resident
+        self._per_group = num_heads // max(resident.num_kv_heads, 1)
+        self._mass = [torch.zeros(k.shape[:2], device=k.device) for k in resident.k]
+        self._recalls: list[list[Tensor]] = [[] for _ in resident.k]
+        self._pairs: list[tuple[int, int]] = []
+        self._num_queries = 0
+        self._bounds: list[Tensor] = []
+        self._audits: list[list[Tensor]] = [[] for _ in resident.k]
+        self._num_violations = 0
+        self._keys: list[Tensor] = []
+        self._bytes: list[int | Tensor] = []
+
+    def add_evidence_run(self, full_layer: int, run: slice, scores: Tensor, lse: Tensor) -> None:
+        """Attention mass of one answer query over a run of slots: scores [H, S], lse [H] of all
+        its keys.
+        """
+        mass = (
+            torch.exp(scores - lse.unsqueeze(1))
+            .view(scores.shape[0] // self._per_group, self._per_group, scores.shape[1])
+            .sum(dim=1)
+        )
+        self._mass[full_layer][:, run] += mass
+
+    def add_evidence_slots(
+        self, full_layer: int, slots: Tensor, scores: Tensor, lse: Tensor
+    ) -> None:
+        """The same over chosen slots [G, B]; padding has score -inf and adds nothing."""
+        mass = (
+            torch.exp(scores - lse.unsqueeze(1))
+            .view(scores.shape[0] // self._per_group, self._per_group, scores.shape[1])
+            .sum(dim=1)
+        )
+        self._mass[full_layer].scatter_add_(1, slots.clamp(min=0), mass)
+
+    def add_exact(self, num_queries: int, num_keys: int) -> None:
+        """Every key was read by `num_queries` queries at once."""
+        self._keys.append(torch.full((num_queries,), float(num_keys)))
+        self._bytes.append(num_keys * self._row_bytes() * 2 * self._resident.num_kv_heads)
+
+    def add_read(
+        self,
+        full_layer: int,
+        num_queries: int,
+        num_steady: int,
+        selection: Selection,
+        *,
+        num_sampled: int,
+    ) -> None:
+        """What one tile read: steady and retrieved keys, sampled keys (no values), the look-up.
+
+        num_sampled: keys read for the recall sample, over all queries and KV heads.
+        """
+        self._num_queries += num_queries if full_layer == 0 else 0
+        num_kv_heads = self._resident.num_kv_heads
+        is_read = selection.slots >= 0
+        if selection.visible is not None:
+            per_query = (selection.visible & is_read.unsqueeze(1)).sum(dim=2).float().mean(dim=0)
+        else:
+            per_query = is_read.sum(dim=1).float().mean().unsqueeze(0)
+        sampled = num_sampled / (num_kv_heads * num_queries)
+        self._keys.append(per_query + (num_steady + sampled))
+        rows = 2 * (is_read.sum() + num_kv_heads * num_steady) + num_sampled
+        self._bytes.append(rows * self._row_bytes() + selection.lookup_bytes)
+
+    def add_recall(
+        self, full_layer: int, queries: Sequence[int], recall: Tensor, bound: Tensor
+    ) -> None:
+        """Sampled recall [n, H] of queries, and the bound on their missed share [n, H]."""
+        self._recalls[full_layer].append(recall)
+        self._pairs.extend((full_layer, query) for query in queries)
+        self._bounds.append(bound.flatten())
+
+    def add_audit(self, full_layer: int, recall: Tensor, bound: Tensor) -> None:
+        """True recall [T, H] of every query, and the bound that must hold for it."""
+        self._audits[full_layer].append(recall)
+        self._num_violations += int((1.0 - recall > bound + _ROUNDING).sum())
+
+    def token_mass(self) -> NDArray[np.float64]:
+        """Attention mass of each document token, [N], summed over answer queries, layers and
+        heads.
+        """
+        total = torch.zeros(self._resident.num_tokens, dtype=torch.float64)
+        for mass, positions in zip(self._mass, self._resident.positions, strict=True):
+            total.index_add_(0, positions.flatten().long().cpu(), mass.flatten().double().cpu())
+        return total.numpy()
+
+    def attended_keys(self) -> tuple[float, int]:
+        """Mean and greatest number of keys read per KV head, over queries and full layers."""
+        if not self._keys:
+            return 0.0, 0
+        counts = torch.cat([keys.double().cpu() for keys in self._keys])
+        return float(counts.mean()), math.ceil(float(counts.max()))
+
+    def bytes_read(self) -> int:
+        """Bytes of KV and look-up tables that attention read in the full-attention layers."""
+        return sum(int(count) for count in self._bytes)
+
+    def recall(self) -> Recall:
+        """The report; `exact`, and a model without full-attention layers, recall everything."""
+        if not self._pairs:
+            nothing_missed = Bound(p50=0.0, p99=0.0, vacuous_share=0.0)
+            return Recall(
+                mass_mean=1.0,
+                mass_p10=1.0,
+                ci95=(1.0, 1.0),
+                bound=nothing_missed,
+                audit=self._audit(),
+            )
+        pairs = sorted(self._pairs)
+        per_layer = [torch.cat(rows).double().cpu() for rows in self._recalls if rows]
+        estimate = predict_mean(
+            torch.cat([rows.mean(dim=1) for rows in per_layer]).tolist(),
+            [layer for layer, _ in pairs],
+            [query for _, query in pairs],
+            num_layers=len(self._recalls),
+            num_queries=self._num_queries,
+        )
+        heads = torch.cat([rows.mean(dim=0) for rows in per_layer])
+        return Recall(
+            mass_mean=estimate.mean,
+            mass_p10=float(torch.quantile(heads, 0.1)),
+            ci95=estimate.ci95,
+            bound=self._bound(),
+            audit=self._audit(),
+        )
+
+    def _bound(self) -> Bound:
+        missed = torch.cat(self._bounds).double().cpu()
+        ranks = torch.quantile(missed, torch.tensor([0.5, 0.99], dtype=torch.float64))
+        return Bound(
+            p50=float(ranks[0]),
+            p99=float(ranks[1]),
+            vacuous_share=float((missed > VACUOUS_SHARE).double().mean()),
+        )
+
+    def _audit(self) -> Audit | None:
+        if not any(self._audits):
+            return None
+        of_layers = [torch.cat(rows).double() for rows in self._audits]
+        heads = torch.cat([rows.mean(dim=0) for rows in of_layers])
+        return Audit(
+            mass_mean=float(heads.mean()),
+            mass_p10=float(torch.quantile(heads, 0.1)),
+            miss_max=1.0 - min(float(rows.min()) for rows in of_layers),
+            bound_violations=self._num_violations,
+        )
+
+    def _row_bytes(self) -> int:
+        k = self._resident.k[0]
+        return int(k.shape[2] * k.element_size())
