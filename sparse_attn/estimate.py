@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.select.base import Tail
-from sparse_attn.torch_backend import fold_rows, unfold_rows
+from sparse_attn.torch_backend import fold_rows, log_sum_exp, unfold_rows
 
 # Share of the draws that ignores the estimated masses: no unread key is ever out of reach.
 _UNIFORM_SHARE = 0.2
@@ -59,7 +59,7 @@ def bound_missed_share(q: Tensor, tail: Tail, lse_read: Tensor, *, scale: float)
     per_group = q.shape[1] // tail.radii.shape[0]
     reach = q.float().norm(dim=-1, keepdim=True) * tail.radii.repeat_interleave(per_group, dim=0)
     most = torch.where(tail.log_mass > -math.inf, tail.log_mass_linear + reach, -math.inf)
-    return torch.sigmoid(torch.logsumexp(most, dim=-1) - lse_read)
+    return torch.sigmoid(log_sum_exp(most) - lse_read)
 
 
 def _recall_of(ratio: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Stands in for -inf where a difference is taken; exp(-inf - LOWEST) is 0 and not NaN.
+LOWEST = -1e30
+
 
 class Part(NamedTuple):
     """Attention over one set of keys.
@@ -43,14 +46,10 @@ def merge_parts(parts: Sequence[Part]) -> Part:
     parts: at least one; all `out` [T, H, D] and `lse` [T, H] of one shape. Changes nothing.
     A row whose every `lse` is -inf gives out = 0 and lse = -inf.
     """
-    if len(parts) == 1:
-        return parts[0]
-    lses = torch.stack([part.lse for part in parts])
-    lse = torch.logsumexp(lses, dim=0)
-    # exp(-inf - -inf) would be NaN: a row that saw no key anywhere subtracts 0 and keeps weights of
-    # 0.
-    weights = torch.exp(lses - lse.masked_fill(lse == -math.inf, 0.0)).unsqueeze(-1)
-    out = weights[0] * parts[0].out
-    for weight, part in zip(weights[1:], parts[1:], strict=True):
-        out = torch.addcmul(out, weight, part.out)
+    out, lse = parts[0]
+    for part in parts[1:]:
+        merged = torch.logaddexp(lse, part.lse)
+        # exp(-inf - -inf) would be NaN: a row that saw no key on either side keeps a weight of 0.
+        weight = torch.exp(part.lse - merged.clamp(min=LOWEST))
+        out, lse = torch.lerp(out, part.out, weight.unsqueeze(-1)), merged
     return Part(out, lse)

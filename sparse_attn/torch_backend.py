@@ -13,9 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_attn.state import Part
+from sparse_attn.state import LOWEST, Part
 
 _ROWS_AT_ONCE = 4096
+_TINY = torch.finfo(torch.float32).tiny
 _FUSED_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FUSED_CUDA = torch.ops.aten._scaled_dot_product_flash_attention
 # The fused operators tile over rows; below this many the two plain products are as fast (measured:
@@ -46,7 +47,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
     pieces = []
     for start in range(0, rows.shape[1], _ROWS_AT_ONCE):
         piece = slice(start, start + _ROWS_AT_ONCE)
-        scores = torch.bmm(rows[:, piece], k.transpose(1, 2)).float().mul_(scale)
+        scores = _scaled_product(rows[:, piece], k, scale)
         if mask is not None:
             scores.masked_fill_(~mask[piece], -math.inf)
         pieces.append(_softmax_product(scores, v))
@@ -73,7 +74,7 @@ def attend_scored(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Par
     """`attend` without a mask, and the score of every key, [T, H, S] float32: for few queries
     only.
     """
-    scores = torch.bmm(fold_rows(q, k.shape[0]), k.transpose(1, 2)).float().mul_(scale)
+    scores = _scaled_product(fold_rows(q, k.shape[0]), k, scale)
     part = _from_scores(scores, v, q.shape[0])
     return part, unfold_rows(scores, q.shape[0])
 
@@ -89,7 +90,7 @@ def attend_slots(
     """
     num_tokens = q.shape[0]
     keys, values = gather_slots(k, slots), gather_slots(v, slots)
-    scores = torch.bmm(fold_rows(q, k.shape[0]), keys.transpose(1, 2)).float().mul_(scale)
+    scores = _scaled_product(fold_rows(q, k.shape[0]), keys, scale)
     hidden = (slots < 0).unsqueeze(1)
     if visible is not None:
         hidden = ~visible | hidden
@@ -110,12 +111,12 @@ def attend_estimated(log_mass: Tensor, mean_values: Tensor) -> Part:
 def gather_slots(x: Tensor, slots: Tensor) -> Tensor:
     """Rows of x [G, S, D] at slots [G, B]; padding (-1) reads slot 0, whose weight is then 0."""
     num_kv_heads, num_slots, head_dim = x.shape
-    base = torch.arange(num_kv_heads, device=x.device).unsqueeze(1) * (x.stride(0) // head_dim)
-    flat = (slots.clamp(min=0) + base).view(-1)
-    table = torch.as_strided(
-        x, (x.stride(0) // head_dim * (num_kv_heads - 1) + num_slots, head_dim), (head_dim, 1)
-    )
-    return table.index_select(0, flat).view(num_kv_heads, -1, head_dim)
+    rows_per_head = x.stride(0) // head_dim
+    flat = slots.clamp(min=0)
+    flat += torch.arange(0, num_kv_heads * rows_per_head, rows_per_head).unsqueeze(1).to(x.device)
+    num_rows = rows_per_head * (num_kv_heads - 1) + num_slots
+    table = torch.as_strided(x, (num_rows, head_dim), (head_dim, 1))
+    return table.index_select(0, flat.view(-1)).view(num_kv_heads, -1, head_dim)
 
 
 def unfold_rows(rows: Tensor, num_tokens: int) -> Tensor:
@@ -151,10 +152,32 @@ def _from_scores(scores: Tensor, values: Tensor, num_tokens: int) -> Part:
     return _unfold(*_softmax_product(scores, values), num_tokens)
 
 
+def log_sum_exp(scores: Tensor) -> Tensor:
+    """Natural log of the sum of exp over the last dimension, -inf where every score is.
+
+    `torch.logsumexp` is a dozen operators on the CPU, which is most of a decode step's overhead.
+    """
+    return _softmax_terms(scores)[2]
+
+
 def _softmax_product(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))
-    return torch.bmm(weights.to(values.dtype), values), lse
+    weights, total, lse = _softmax_terms(scores)
+    out = torch.bmm(weights.to(values.dtype), values)
+    return out / total.clamp_(min=_TINY), lse
+
+
+def _softmax_terms(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(score - greatest), their sum [..., 1], and the log-sum-exp [...]."""
+    top = scores.amax(dim=-1, keepdim=True).clamp_(min=LOWEST)
+    weights = torch.sub(scores, top).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    return weights, total, (top + total.log()).squeeze(-1)
+
+
+def _scaled_product(rows: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """scale * rows @ keys^T, [G, R, S] float32."""
+    nothing = rows.new_empty(1)
+    return torch.baddbmm(nothing, rows, keys.transpose(1, 2), beta=0, alpha=scale).float()
 
 
 def _has_fused(q: Tensor) -> bool:

@@ -51,7 +51,7 @@ def amortised(
 def decode(
     tokens: int, segment_tokens: int, budget: str, repeats: int, as_json: bool, **options: Any
 ) -> None:
-    """One decode step on a synthetic document, exact and centroid; use --model shape:NAME[@LAYERS]."""
+    """One decode step on a synthetic document; made for --model shape:NAME[@LAYERS]."""
     from orchestrator.evaluation.decode_bench import measure_decode
 
     with load_engine(options) as engine:

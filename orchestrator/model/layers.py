@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -50,8 +51,9 @@ class ModelWeights:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Norm the last dimension in float32; `weight` is [..., D] and may differ by head."""
-    normed = functional.rms_norm(x.float(), (x.shape[-1],), None, eps)
-    return (normed * weight).to(x.dtype)
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+    return (wide * inverse).mul_(weight).to(x.dtype)
 
 
 def mlp(x: Tensor, layer: LayerWeights, activation: Activation) -> Tensor:

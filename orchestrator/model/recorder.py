@@ -38,8 +38,9 @@ class Recorder:
         self._bounds: list[Tensor] = []
         self._audits: list[list[Tensor]] = [[] for _ in resident.k]
         self._num_violations = 0
-        self._keys: list[Tensor] = []
-        self._bytes: list[int | Tensor] = []
+        self._keys: list[tuple[Tensor, float]] = []
+        self._rows: list[tuple[Tensor, int]] = []
+        self._lookup_bytes = 0
 
     def add_evidence_run(self, full_layer: int, run: slice, scores: Tensor, lse: Tensor) -> None:
         """Attention mass of one answer query over a run of slots: scores [H, S], lse [H] of all
@@ -65,8 +66,8 @@ class Recorder:
 
     def add_exact(self, num_queries: int, num_keys: int) -> None:
         """Every key was read by `num_queries` queries at once."""
-        self._keys.append(torch.full((num_queries,), float(num_keys)))
-        self._bytes.append(num_keys * self._row_bytes() * 2 * self._resident.num_kv_heads)
+        self._keys.append((torch.zeros(1, num_queries), float(num_keys)))
+        self._rows.append((torch.zeros(1), 2 * self._resident.num_kv_heads * num_keys))
 
     def add_read(
         self,
@@ -83,15 +84,11 @@ class Recorder:
         """
         self._num_queries += num_queries if full_layer == 0 else 0
         num_kv_heads = self._resident.num_kv_heads
-        is_read = selection.slots >= 0
-        if selection.visible is not None:
-            per_query = (selection.visible & is_read.unsqueeze(1)).sum(dim=2).float().mean(dim=0)
-        else:
-            per_query = is_read.sum(dim=1).float().mean().unsqueeze(0)
+        per_query, num_read = selection.count_read()
         sampled = num_sampled / (num_kv_heads * num_queries)
-        self._keys.append(per_query + (num_steady + sampled))
-        rows = 2 * (is_read.sum() + num_kv_heads * num_steady) + num_sampled
-        self._bytes.append(rows * self._row_bytes() + selection.lookup_bytes)
+        self._keys.append((per_query, num_steady + sampled))
+        self._rows.append((num_read, 2 * num_kv_heads * num_steady + num_sampled))
+        self._lookup_bytes += selection.lookup_bytes
 
     def add_recall(
         self, full_layer: int, queries: Sequence[int], recall: Tensor, bound: Tensor
@@ -119,12 +116,13 @@ class Recorder:
         """Mean and greatest number of keys read per KV head, over queries and full layers."""
         if not self._keys:
             return 0.0, 0
-        counts = torch.cat([keys.double().cpu() for keys in self._keys])
+        counts = torch.cat([keys.double().mean(dim=0).cpu() + more for keys, more in self._keys])
         return float(counts.mean()), math.ceil(float(counts.max()))
 
     def bytes_read(self) -> int:
         """Bytes of KV and look-up tables that attention read in the full-attention layers."""
-        return sum(int(count) for count in self._bytes)
+        num_rows = sum(2 * int(read.sum()) + others for read, others in self._rows)
+        return num_rows * self._row_bytes() + self._lookup_bytes
 
     def recall(self) -> Recall:
         """The report; `exact`, and a model without full-attention layers, recall everything."""

@@ -78,3 +78,11 @@ class Selection:
     visible: Tensor | None
     tail: Tail
     lookup_bytes: int
+
+    def count_read(self) -> tuple[Tensor, Tensor]:
+        """Keys that each query attends to, [G, T] (T = 1 for all alike), and that are read, [G]."""
+        is_read = self.slots >= 0
+        num_read = is_read.sum(dim=1)
+        if self.visible is None:
+            return num_read.unsqueeze(1), num_read
+        return (self.visible & is_read.unsqueeze(1)).sum(dim=2), num_read

@@ -15,13 +15,13 @@ Derrida 1981). `docs/maths.md`, section 3, derives it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparse_attn.select.base import Limit, Selection, Tail
-from sparse_attn.torch_backend import fold_rows, gather_slots, unfold_rows
+from sparse_attn.torch_backend import fold_rows, gather_slots, log_sum_exp, unfold_rows
 
 # How many keys the groups opened by the two-level look-up hold, as a multiple of the keys to be
 # read.
@@ -122,9 +122,14 @@ def select(
     scores = _score(index.groups, tile)
     opened = _take(index.groups, scores, tile, _opening_limit(limit), lse_other=lse)
     opened_by_any = opened.any(dim=1, keepdim=True)
+    lookup_bytes = _lookup_bytes(index.groups)
     columns, _ = expand_runs(index.group_starts, index.group_counts, opened_by_any[:, 0])
     unopened = _tail(index.groups, scores, opened_by_any.expand_as(opened), tile)
-    return _select_among(index.clusters.take(columns), tile, limit, unopened=unopened)
+    if columns.shape[1] == 0:
+        return Selection(slots=columns, visible=None, tail=unopened, lookup_bytes=lookup_bytes)
+    clusters = index.clusters.take(columns)
+    selection = _select_among(clusters, tile, limit, unopened=unopened)
+    return replace(selection, lookup_bytes=selection.lookup_bytes + lookup_bytes)
 
 
 def select_nothing(index: CentroidIndex, q: Tensor) -> Selection:
@@ -186,20 +191,21 @@ def _select_among(
     clusters: Units, tile: _Tile, limit: Limit, *, unopened: Tail | None
 ) -> Selection:
     scores = _score(clusters, tile)
-    lse_other, lookup_bytes = tile.lse_steady, _lookup_bytes(clusters)
+    lse_other = tile.lse_steady
     if unopened is not None:
-        elsewhere = torch.logsumexp(fold_rows(unopened.log_mass, tile.rows.shape[0]), dim=-1)
+        elsewhere = log_sum_exp(fold_rows(unopened.log_mass, tile.rows.shape[0]))
         lse_other = torch.logaddexp(lse_other, elsewhere)
-        lookup_bytes += 3 * unopened.mean_values.nbytes
     taken = _take(clusters, scores, tile, limit, lse_other=lse_other)
-    slots, run = expand_runs(clusters.starts, clusters.sizes, taken.any(dim=1))
     visible = None
-    if tile.num_tokens > 1:
+    if tile.num_tokens == 1:
+        slots, _ = expand_runs(clusters.starts, clusters.sizes, taken[:, 0])
+    else:
+        slots, run = expand_runs(clusters.starts, clusters.sizes, taken.any(dim=1))
         visible = taken.gather(2, run.unsqueeze(1).expand(-1, tile.num_tokens, -1))
     tail = _tail(clusters, scores, taken, tile)
     if unopened is not None:
         tail = _join(tail, unopened)
-    return Selection(slots=slots, visible=visible, tail=tail, lookup_bytes=lookup_bytes)
+    return Selection(slots=slots, visible=visible, tail=tail, lookup_bytes=_lookup_bytes(clusters))
 
 
 def _score(units: Units, tile: _Tile) -> _Scores:
@@ -215,7 +221,7 @@ def _take(units: Units, scores: _Scores, tile: _Tile, limit: Limit, *, lse_other
 
     lse_other: [G, R], natural log of the mass of everything that is not among the units.
     """
-    total = torch.logaddexp(torch.logsumexp(scores.log_mass, dim=-1), lse_other)
+    total = torch.logaddexp(log_sum_exp(scores.log_mass), lse_other)
     shares = tile.per_query(torch.exp(scores.log_mass - total.unsqueeze(-1)))
     order = shares.sum(dim=1).sort(dim=-1, descending=True, stable=True).indices
     if limit.keys is not None:

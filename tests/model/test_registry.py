@@ -106,6 +106,16 @@ def test_a_failed_fetch_keeps_what_was_there() -> None:
     assert path.read_bytes() == b"old"
 
 
+def test_a_file_is_put_in_place_in_one_step() -> None:
+    """Whoever has the old file open keeps reading it: nothing is written over."""
+    path = fetch(DEFAULT_MODEL, run_pip=FakePip())
+    path.write_bytes(b"old")
+    with path.open("rb") as reader:
+        fetch(DEFAULT_MODEL, run_pip=FakePip())
+        assert reader.read() == b"old"
+    assert path.read_bytes() == CONTENT
+
+
 def test_pip_s_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
         assert command[:3] == [sys.executable, "-m", "pip"]
