@@ -31,7 +31,7 @@ from sparse_attn.api import Backend
 from sparse_attn.select.base import Limit
 
 MAX_EVIDENCE_SPANS = 5
-# Every how manieth query of a layer has its recall sampled, if that leaves this many pairs.
+# One query in RECALL_PERIOD of each layer has its recall sampled, if that leaves enough pairs.
 RECALL_PERIOD = 4
 MIN_SAMPLED_PAIRS = 128
 
@@ -90,7 +90,7 @@ class Session:
             question.options,
             num_pairs=len(self.question_ids) * len(model.cfg.full_layers),
         )
-        self.recorder = Recorder(context.resident, num_heads=model.cfg.num_heads)
+        self.recorder = Recorder(context.resident)
         self._attention = QuestionAttention(
             context,
             plan,

@@ -1,8 +1,8 @@
 """From the recall of some (query, layer) pairs to the mean over all of them, with an interval.
 
 Owns which pairs are sampled and the statistics of their mean; pure numpy, knows no attention.
-Every period-th query of a layer is sampled, from a random offset; offsets are spread evenly over
-the layers, so that each query and each layer contributes alike. The mean over all pairs is
+Of each round of a few queries every layer samples one, at random but spread evenly, so that each
+query and each layer contributes alike. The mean over all pairs is
 predicted by an additive model, layer effect + query effect (model-based prediction, Royall 1970;
 Valliant, Dorfman and Royall 2000, chapter 2): layers differ far more than anything else, and the
 interval must not charge for that. `docs/maths.md`, section 4.
@@ -35,17 +35,29 @@ class Estimate(NamedTuple):
 
 
 class PairSample:
-    """Chooses pairs: query q of layer l is sampled when (q + offset of l) mod period is 0."""
+    """Chooses pairs: of each round of `period` queries, every layer samples one.
+
+    Which one is drawn anew for each round, evenly over the layers: a query is sampled in as many
+    layers as any other, and queries and layers meet in ever new combinations.
+    """
 
     def __init__(self, *, num_layers: int, period: int, seed: int) -> None:
-        self._period = period
-        self._offsets = [layer % period for layer in range(num_layers)]
-        random.Random(seed).shuffle(self._offsets)
+        self._num_layers, self._period, self._seed = num_layers, period, seed
+        self._rounds: dict[int, list[int]] = {}
 
-    def chosen(self, layer: int, first_query: int, num_queries: int) -> range:
-        """Which of num_queries queries, counted from first_query, are sampled: their offsets."""
-        skip = -(first_query + self._offsets[layer]) % self._period
-        return range(skip, num_queries, self._period)
+    def chosen(self, layer: int, first_query: int, num_queries: int) -> list[int]:
+        """Which of num_queries queries, counted from first_query, are sampled in a layer."""
+        stop = first_query + num_queries
+        rounds = range(first_query // self._period, -(-stop // self._period))
+        sampled = (number * self._period + self._offsets(number)[layer] for number in rounds)
+        return [query - first_query for query in sampled if first_query <= query < stop]
+
+    def _offsets(self, number: int) -> list[int]:
+        if number not in self._rounds:
+            offsets = [layer % self._period for layer in range(self._num_layers)]
+            random.Random(f"{self._seed}/{number}").shuffle(offsets)
+            self._rounds[number] = offsets
+        return self._rounds[number]
 
 
 def predict_mean(

@@ -28,7 +28,7 @@ class Backend(Protocol):
 
     def attend_causal(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Part: ...
 
-    def attend_scored(
+    def attend_shared(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float
     ) -> tuple[Part, Tensor]: ...
 

@@ -45,11 +45,11 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Part:
     return attend(q, k, v, scale=scale, mask=order.unsqueeze(0) <= order.unsqueeze(1))
 
 
-def attend_scored(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Part, Tensor]:
-    """`attend` without a mask, and the score of every key, [T, H, S] float32."""
+def attend_shared(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Part, Tensor]:
+    """`attend` without a mask, and each key's share of its part's mass, [T, H, S] float32."""
     per_group = q.shape[1] // k.shape[0]
     scores = [q[:, h].float() @ k[h // per_group].float().T * scale for h in range(q.shape[1])]
-    return attend(q, k, v, scale=scale), torch.stack(scores, dim=1)
+    return attend(q, k, v, scale=scale), torch.softmax(torch.stack(scores, dim=1), dim=-1)
 
 
 def attend_slots(
@@ -58,14 +58,14 @@ def attend_slots(
     """Attention over chosen slots, and the score of each.
 
     q: [T, H, D]; k, v: [G, S, D]; slots: [G, B] int64, -1 where padded; visible: [G, T, B] bool,
-    which slots each query attends to, None for all. Returns the part and scores [T, H, B] float32,
-    -inf where a query does not attend.
+    which slots each query attends to, None for all. Returns the part and each slot's share of its
+    mass, [T, H, B] float32, 0 where a query does not attend.
     """
     num_tokens, num_heads, head_dim = q.shape
     per_group = num_heads // slots.shape[0]
     out = torch.zeros(num_tokens, num_heads, head_dim, device=q.device)
     lse = torch.full((num_tokens, num_heads), -math.inf, device=q.device)
-    scores = torch.full((num_tokens, num_heads, slots.shape[1]), -math.inf, device=q.device)
+    shares = torch.zeros(num_tokens, num_heads, slots.shape[1], device=q.device)
     for t in range(num_tokens):
         for h in range(num_heads):
             g = h // per_group
@@ -75,8 +75,9 @@ def attend_slots(
                 q[t : t + 1, h : h + 1], k[g : g + 1, chosen], v[g : g + 1, chosen], scale=scale
             )
             out[t, h], lse[t, h] = part.out[0, 0], part.lse[0, 0]
-            scores[t, h, seen] = k[g, chosen].float() @ q[t, h].float() * scale
-    return Part(out, lse), scores
+            scores = k[g, chosen].float() @ q[t, h].float() * scale
+            shares[t, h, seen] = torch.softmax(scores, dim=0)
+    return Part(out, lse), shares
 
 
 def attend_estimated(log_mass: Tensor, mean_values: Tensor) -> Part:

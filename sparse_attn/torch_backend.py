@@ -50,7 +50,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
         scores = _scaled_product(rows[:, piece], k, scale)
         if mask is not None:
             scores.masked_fill_(~mask[piece], -math.inf)
-        pieces.append(_softmax_product(scores, v))
+            pieces.append(_softmax_product(scores, v))
+        else:
+            weights, lse = _softmax(scores)
+            pieces.append((torch.bmm(weights.to(v.dtype), v), lse))
     out, lse = (torch.cat(column, dim=1) for column in zip(*pieces, strict=True))
     return _unfold(out, lse, num_tokens)
 
@@ -70,23 +73,24 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Part:
     return attend(q, k, v, scale=scale, mask=order.unsqueeze(0) <= order.unsqueeze(1))
 
 
-def attend_scored(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Part, Tensor]:
-    """`attend` without a mask, and the score of every key, [T, H, S] float32: for few queries
-    only.
+def attend_shared(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Part, Tensor]:
+    """`attend` without a mask, and each key's share of its part's mass, [T, H, S] float32.
+
+    For few queries: the shares are a whole matrix.
     """
-    scores = _scaled_product(fold_rows(q, k.shape[0]), k, scale)
-    part = _from_scores(scores, v, q.shape[0])
-    return part, unfold_rows(scores, q.shape[0])
+    weights, lse = _softmax(_scaled_product(fold_rows(q, k.shape[0]), k, scale))
+    out = torch.bmm(weights.to(v.dtype), v)
+    return _unfold(out, lse, q.shape[0]), unfold_rows(weights, q.shape[0])
 
 
 def attend_slots(
     q: Tensor, k: Tensor, v: Tensor, slots: Tensor, *, visible: Tensor | None, scale: float
 ) -> tuple[Part, Tensor]:
-    """Attention over chosen slots, and the score of each.
+    """Attention over chosen slots, and each slot's share of the part's mass.
 
     q: [T, H, D]; k, v: [G, S, D]; slots: [G, B] int64, -1 where padded; visible: [G, T, B] bool,
-    which slots each query attends to, None for all. Returns the part and scores [T, H, B] float32,
-    -inf where a query does not attend. Reads B keys and values a KV head, once for the tile.
+    which slots each query attends to, None for all. Returns the part and shares [T, H, B] float32,
+    0 where a query does not attend. Reads B keys and values a KV head, once for the tile.
     """
     num_tokens = q.shape[0]
     keys, values = gather_slots(k, slots), gather_slots(v, slots)
@@ -96,7 +100,10 @@ def attend_slots(
         hidden = ~visible | hidden
     per_query = scores.view(scores.shape[0], -1, num_tokens, scores.shape[2])
     per_query.masked_fill_(hidden.unsqueeze(1), -math.inf)
-    return _from_scores(scores, values, num_tokens), unfold_rows(scores, num_tokens)
+    weights, total, lse = _softmax_terms(scores)
+    weights /= total.clamp_(min=_TINY)
+    out = torch.bmm(weights.to(values.dtype), values)
+    return _unfold(out, lse, num_tokens), unfold_rows(weights, num_tokens)
 
 
 def attend_estimated(log_mass: Tensor, mean_values: Tensor) -> Part:
@@ -105,7 +112,7 @@ def attend_estimated(log_mass: Tensor, mean_values: Tensor) -> Part:
     log_mass: [T, H, U] float32, -inf where the unit does not count; mean_values: [G, U, D] float32.
     """
     rows = fold_rows(log_mass, mean_values.shape[0])
-    return _from_scores(rows, mean_values, log_mass.shape[0])
+    return _unfold(*_softmax_product(rows, mean_values), log_mass.shape[0])
 
 
 def gather_slots(x: Tensor, slots: Tensor) -> Tensor:
@@ -147,11 +154,6 @@ def _unfold(out: Tensor, lse: Tensor, num_tokens: int) -> Part:
     )
 
 
-def _from_scores(scores: Tensor, values: Tensor, num_tokens: int) -> Part:
-    """The part of folded scores [G, R, S] and values [G, S, D]."""
-    return _unfold(*_softmax_product(scores, values), num_tokens)
-
-
 def log_sum_exp(scores: Tensor) -> Tensor:
     """Natural log of the sum of exp over the last dimension, -inf where every score is.
 
@@ -164,6 +166,13 @@ def _softmax_product(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     weights, total, lse = _softmax_terms(scores)
     out = torch.bmm(weights.to(values.dtype), values)
     return out / total.clamp_(min=_TINY), lse
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax and log-sum-exp of rows that hold at least one finite score."""
+    weights = torch.softmax(scores, dim=-1)
+    # The greatest weight is exp(0) / total: its logarithm gives the total without another pass.
+    return weights, scores.amax(dim=-1) - weights.amax(dim=-1).log()
 
 
 def _softmax_terms(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -110,7 +110,6 @@ class Peer:
             path = path.parent
         self._model = AutoModelForCausalLM.from_pretrained(path, **options)
         self._cache: Any = None
-        self._num_cached = 0
 
     def prefill(self, ids: Sequence[int]) -> float:
         """Seconds to the first token without any cache: (a)."""
@@ -125,7 +124,7 @@ class Peer:
         """Prefill and keep the cache: what (b) starts from."""
         with torch.inference_mode():
             result = self._model(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
-        self._cache, self._num_cached = result.past_key_values, len(ids)
+        self._cache = result.past_key_values
 
     def ask(self, question_ids: Sequence[int], num_steps: int) -> tuple[float, float]:
         """Seconds to the first token and per later token, from the kept cache: (b)."""
@@ -137,7 +136,7 @@ class Peer:
             for _ in range(num_steps):
                 token = self._step([token])
             token_s = (time.perf_counter() - began) / num_steps
-        self._cache.crop(self._num_cached)
+        self._cache.crop(-(len(question_ids) + num_steps))
         return first_s, token_s
 
     def _step(self, ids: list[int]) -> int:

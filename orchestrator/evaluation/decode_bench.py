@@ -69,7 +69,7 @@ def measure_decode(
         )
         limit = Limit(keys=decision.retrieved_keys) if mode == "centroid" else None
         plan = AttentionPlan(mode=mode, limit=limit, levels=decision.levels)
-        recorder = Recorder(context.resident, num_heads=cfg.num_heads)
+        recorder = Recorder(context.resident)
         attention = QuestionAttention(
             context,
             plan,

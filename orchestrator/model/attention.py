@@ -30,9 +30,9 @@ class AttentionPlan:
     """Everything decided before the first forward: `auto` is already resolved.
 
     mode: exact, window or centroid; limit: of retrieved keys (centroid only); levels: of the
-    look-up; tile_tokens: question tokens that read together; recall_period: of each layer, every
-    how manieth query has its recall sampled, from num_strata times two keys a head; audit: compare
-    every query with exact attention.
+    look-up; tile_tokens: question tokens that read together; recall_period: one query in so many
+    has its recall sampled, from num_strata times two keys a head; audit: compare every query with
+    exact attention.
     """
 
     mode: str
@@ -215,12 +215,14 @@ class QuestionAttention:
         body, resident = self._context.body, self._context.resident
         k, v = resident.k[full_layer][:, body], resident.v[full_layer][:, body]
         if q.shape[0] == 1:
-            part, scores = self._backend.attend_scored(q, k, v, scale=self._scale)
+            last, shares = self._backend.attend_shared(q, k, v, scale=self._scale)
+            merged = merge_parts([steady, last])
         else:
             part = self._backend.attend(q, k, v, scale=self._scale)
-            _, scores = self._backend.attend_scored(q[-1:], k, v, scale=self._scale)
-        merged = merge_parts([steady, part])
-        self._recorder.add_evidence_run(full_layer, body, scores[-1], merged.lse[-1])
+            last, shares = self._backend.attend_shared(q[-1:], k, v, scale=self._scale)
+            merged = merge_parts([steady, part])
+        weight = torch.exp(last.lse[-1] - merged.lse[-1])
+        self._recorder.add_evidence(full_layer, body, shares[-1], weight)
         self._recorder.add_exact(q.shape[0], past + q.shape[0] + k.shape[1])
         return merged.out
 
@@ -232,13 +234,14 @@ class QuestionAttention:
         k, v = resident.k[full_layer], resident.v[full_layer]
         selection, parts = self._select(full_layer, q, steady.lse), [steady]
         if selection.slots.shape[1]:
-            part, scores = self._backend.attend_slots(
+            part, shares = self._backend.attend_slots(
                 q, k, v, selection.slots, visible=selection.visible, scale=self._scale
             )
             parts.append(part)
         read = merge_parts(parts)
         if is_last and selection.slots.shape[1]:
-            self._recorder.add_evidence_slots(full_layer, selection.slots, scores[-1], read.lse[-1])
+            weight = torch.exp(part.lse[-1] - read.lse[-1])
+            self._recorder.add_evidence(full_layer, selection.slots, shares[-1], weight)
         first_query = num_steady - q.shape[0] - self._context.num_steady
         num_sampled = self._sample_recall(full_layer, q, selection, read, first_query=first_query)
         self._recorder.add_read(

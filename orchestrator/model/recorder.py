@@ -28,9 +28,8 @@ _ROUNDING = 1e-5
 class Recorder:
     """Accumulates over one question; `resident` gives shapes only."""
 
-    def __init__(self, resident: ResidentDocument, *, num_heads: int) -> None:
+    def __init__(self, resident: ResidentDocument) -> None:
         self._resident = resident
-        self._per_group = num_heads // max(resident.num_kv_heads, 1)
         self._mass = [torch.zeros(k.shape[:2], device=k.device) for k in resident.k]
         self._recalls: list[list[Tensor]] = [[] for _ in resident.k]
         self._pairs: list[tuple[int, int]] = []
@@ -42,27 +41,20 @@ class Recorder:
         self._rows: list[tuple[Tensor, int]] = []
         self._lookup_bytes = 0
 
-    def add_evidence_run(self, full_layer: int, run: slice, scores: Tensor, lse: Tensor) -> None:
-        """Attention mass of one answer query over a run of slots: scores [H, S], lse [H] of all
-        its keys.
-        """
-        mass = (
-            torch.exp(scores - lse.unsqueeze(1))
-            .view(scores.shape[0] // self._per_group, self._per_group, scores.shape[1])
-            .sum(dim=1)
-        )
-        self._mass[full_layer][:, run] += mass
-
-    def add_evidence_slots(
-        self, full_layer: int, slots: Tensor, scores: Tensor, lse: Tensor
+    def add_evidence(
+        self, full_layer: int, where: slice | Tensor, shares: Tensor, weight: Tensor
     ) -> None:
-        """The same over chosen slots [G, B]; padding has score -inf and adds nothing."""
-        mass = (
-            torch.exp(scores - lse.unsqueeze(1))
-            .view(scores.shape[0] // self._per_group, self._per_group, scores.shape[1])
-            .sum(dim=1)
-        )
-        self._mass[full_layer].scatter_add_(1, slots.clamp(min=0), mass)
+        """Attention mass of one answer query over a run of slots, or slots [G, B] (-1: padding).
+
+        shares: [H, S], each key's share of its part; weight: [H], the part's share of everything.
+        """
+        num_kv_heads = self._resident.num_kv_heads
+        weights = weight.view(num_kv_heads, 1, -1)
+        mass = torch.bmm(weights, shares.view(num_kv_heads, -1, shares.shape[1])).squeeze(1)
+        if isinstance(where, slice):
+            self._mass[full_layer][:, where] += mass
+        else:
+            self._mass[full_layer].scatter_add_(1, where.clamp(min=0), mass)
 
     def add_exact(self, num_queries: int, num_keys: int) -> None:
         """Every key was read by `num_queries` queries at once."""

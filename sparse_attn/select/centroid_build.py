@@ -29,7 +29,7 @@ class CentroidParams:
     two-level look-up.
     """
 
-    keys_per_cluster: int = 16
+    keys_per_cluster: int = 8
     iterations: int = 8
     max_cluster_ratio: int = 4
     clusters_per_group: int = 8

@@ -60,12 +60,12 @@ def test_attend_over_no_key_is_empty() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
-def test_attend_scored(num_tokens: int) -> None:
+def test_attend_shared(num_tokens: int) -> None:
     q, k, v = random_qkv(num_tokens, 33)
-    part, scores = torch_backend.attend_scored(q, k, v, scale=SCALE)
-    expected, expected_scores = reference.attend_scored(q, k, v, scale=SCALE)
+    part, shares = torch_backend.attend_shared(q, k, v, scale=SCALE)
+    expected, expected_shares = reference.attend_shared(q, k, v, scale=SCALE)
     assert_same(part, expected)
-    torch.testing.assert_close(scores, expected_scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(shares, expected_shares, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("is_masked", [False, True])
@@ -78,10 +78,10 @@ def test_attend_slots_with_padding_and_an_empty_head(is_masked: bool) -> None:
     if is_masked:
         visible = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(2)) < 0.6
         visible[0, 1] = False
-    part, scores = torch_backend.attend_slots(q, k, v, slots, visible=visible, scale=SCALE)
-    expected, expected_scores = reference.attend_slots(q, k, v, slots, visible=visible, scale=SCALE)
+    part, shares = torch_backend.attend_slots(q, k, v, slots, visible=visible, scale=SCALE)
+    expected, expected_shares = reference.attend_slots(q, k, v, slots, visible=visible, scale=SCALE)
     assert_same(part, expected)
-    torch.testing.assert_close(scores, expected_scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(shares, expected_shares, atol=1e-5, rtol=0)
 
 
 def test_attend_estimated_with_a_row_without_units() -> None:
