@@ -21,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kv_store import StoreError
+from orchestrator import Engine
 from orchestrator.console import progress_bar
-from orchestrator.engine import Engine
 from orchestrator.errors import LongspanError
 from orchestrator.evaluation.haystacks import reference_paragraphs
 from orchestrator.ingest import IngestOptions

@@ -32,8 +32,8 @@ from sparse_attn.select.base import Limit
 
 MAX_EVIDENCE_SPANS = 5
 # One query in RECALL_PERIOD of each layer has its recall sampled, if that leaves enough pairs.
-RECALL_PERIOD = 4
-MIN_SAMPLED_PAIRS = 128
+RECALL_PERIOD = 8
+MIN_SAMPLED_PAIRS = 64
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,9 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from kv_store import DocumentParams, DocumentWriter, ResidentDocument, Store
+from kv_store import DocumentParams, DocumentWriter, Layout, ResidentDocument, Store
 from orchestrator.errors import ContextTooLong, UsageError
+from orchestrator.model.decoder import Decoder
 from orchestrator.model.load import LoadedModel
 from orchestrator.prefill import PrefillAttention
 from sparse_attn.api import Backend
@@ -115,9 +116,8 @@ def ingest(
     ) as writer:
         if writer.is_complete:
             return _report(name, writer.finish(), len(ids), None, started)
-        run = _Run(
-            model, backend, writer, params, torch.tensor(ids, device=model.decoder.device), options
-        )
+        device_ids = torch.tensor(ids, device=model.decoder.device)
+        run = _Run(model, backend, writer, device_ids, options)
         run.fill(on_progress or (lambda _: None))
         return _report(name, writer.finish(), len(ids), run, started)
 
@@ -157,97 +157,121 @@ def document_params(
     )
 
 
+class Prefill:
+    """Prefill of one document into memory, segment by segment; knows no files.
+
+    Computes chunks, turns a full segment into the tensors that are stored, and attends to the
+    stored form from then on.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        backend: Backend,
+        layout: Layout,
+        *,
+        clusters: CentroidParams | None,
+    ) -> None:
+        self.layout = layout
+        self.resident = ResidentDocument.for_layout(
+            layout, dtype=decoder.dtype, device=decoder.device
+        )
+        self._decoder, self._clusters = decoder, clusters
+        self._attention = PrefillAttention(
+            self.resident,
+            backend,
+            scale=decoder.cfg.attention_scale,
+            windows=decoder.cfg.windows,
+            segment_tokens=layout.segment_tokens,
+            head_dim=decoder.cfg.head_dim,
+        )
+
+    def forward(self, ids: Tensor, start: int) -> Tensor:
+        """Hidden states [T, E] of a chunk that begins at document token `start`.
+
+        A chunk never crosses a segment; chunks come in order.
+        """
+        positions = torch.arange(start, start + len(ids), device=ids.device)
+        with torch.inference_mode():
+            hidden = self._decoder.forward(ids, positions, self._attention)
+        self._attention.advance(len(ids))
+        return hidden
+
+    def build(self, segment_idx: int) -> list[dict[str, Tensor]]:
+        """The named tensors of each KV head's file of the open segment, which is full."""
+        with torch.inference_mode():
+            tensors = self._build(segment_idx)
+        return [
+            {name: tensor[:, head].contiguous() for name, tensor in tensors.items()}
+            for head in range(self.layout.num_kv_heads)
+        ]
+
+    def append(self, heads: list[dict[str, Tensor]]) -> None:
+        """Take a sealed segment's stored form; the open segment starts anew."""
+        self.resident.append(heads)
+        self._attention.restart()
+
+    def _build(self, segment_idx: int) -> dict[str, Tensor]:
+        attention, layout = self._attention, self.layout
+        start, stop = layout.segment_span(segment_idx)
+        stored = getattr(torch, layout.kv_dtype)
+        k, v = (x[:, :, : stop - start].to(stored) for x in (attention.open_k, attention.open_v))
+        full, sliding = attention.full_layers, attention.sliding_layers
+        clustered = layout.clustered_span(segment_idx)
+        tensors = order_segment(k[full], v[full], clustered, self._clusters)
+        tensors["positions"] += start
+        if sliding:
+            kept = stop - start - layout.sliding_tokens(segment_idx)
+            tensors["sliding_k"] = k[sliding][:, :, kept:]
+            tensors["sliding_v"] = v[sliding][:, :, kept:]
+        return tensors
+
+
 class _Run:
-    """One ingest in progress: resident KV, open segment, counters."""
+    """One ingest in progress: a prefill, the writer of its files, counters."""
 
     def __init__(
         self,
         model: LoadedModel,
         backend: Backend,
         writer: DocumentWriter,
-        params: DocumentParams,
         ids: Tensor,
         options: IngestOptions,
     ) -> None:
-        self.model, self.writer, self.params, self.ids, self.options = (
-            model,
-            writer,
-            params,
-            ids,
-            options,
-        )
-        self.layout = writer.layout
-        self.resident = ResidentDocument.for_layout(
-            self.layout, dtype=model.decoder.dtype, device=model.decoder.device
-        )
-        self.attention = PrefillAttention(
-            self.resident,
-            backend,
-            scale=model.cfg.attention_scale,
-            windows=model.cfg.windows,
-            segment_tokens=params.segment_tokens,
-            head_dim=model.cfg.head_dim,
-        )
+        self._prefill = Prefill(model.decoder, backend, writer.layout, clusters=options.clusters)
+        self._writer, self._ids = writer, ids
+        self._chunk_tokens = min(options.chunk_tokens, options.segment_tokens)
         self.computed_tokens = 0
         self.prefill_s = self.cluster_s = self.write_s = 0.0
 
     def fill(self, on_progress: OnProgress) -> None:
         """Load what is sealed, then compute, seal and append every other segment."""
-        for segment_idx in range(self.writer.sealed_segments):
-            self.resident.append(self.writer.read_segment(segment_idx))
-        started, first = time.perf_counter(), self.resident.num_sealed
-        for segment_idx in range(self.writer.sealed_segments, self.layout.num_segments):
-            start, stop = self.layout.segment_span(segment_idx)
-            for chunk_start in range(start, stop, self.params.chunk_tokens):
-                chunk_stop = min(chunk_start + self.params.chunk_tokens, stop)
-                self._prefill_chunk(chunk_start, chunk_stop)
-                on_progress(_progress(self.layout.num_tokens, chunk_stop, first, started))
+        layout, sealed = self._writer.layout, self._writer.sealed_segments
+        for segment_idx in range(sealed):
+            self._prefill.append(self._writer.read_segment(segment_idx))
+        started, first = time.perf_counter(), self._prefill.resident.num_sealed
+        for segment_idx in range(sealed, layout.num_segments):
+            start, stop = layout.segment_span(segment_idx)
+            for chunk_start in range(start, stop, self._chunk_tokens):
+                chunk_stop = min(chunk_start + self._chunk_tokens, stop)
+                self._compute(chunk_start, chunk_stop)
+                on_progress(_progress(layout.num_tokens, chunk_stop, first, started))
             self._seal(segment_idx)
 
-    def _prefill_chunk(self, start: int, stop: int) -> None:
+    def _compute(self, start: int, stop: int) -> None:
         began = time.perf_counter()
-        positions = torch.arange(start, stop, device=self.ids.device)
-        with torch.inference_mode():
-            self.model.decoder.forward(self.ids[start:stop], positions, self.attention)
-        self.attention.advance(stop - start)
+        self._prefill.forward(self._ids[start:stop], start)
         self.computed_tokens += stop - start
         self.prefill_s += time.perf_counter() - began
 
     def _seal(self, segment_idx: int) -> None:
-        """Cluster the open segment, write it, and let later chunks attend to its stored form."""
         began = time.perf_counter()
-        with torch.inference_mode():
-            heads = self._build_heads(segment_idx)
+        heads = self._prefill.build(segment_idx)
         built = time.perf_counter()
-        self.writer.append_segment(segment_idx, heads)
-        self.resident.append(heads)
-        self.attention.restart()
+        self._writer.append_segment(segment_idx, heads)
+        self._prefill.append(heads)
         self.cluster_s += built - began
         self.write_s += time.perf_counter() - built
-
-    def _build_heads(self, segment_idx: int) -> list[dict[str, Tensor]]:
-        """The named tensors of each KV head's file of the open segment."""
-        full, sliding = self.attention.full_layers, self.attention.sliding_layers
-        start, stop = self.layout.segment_span(segment_idx)
-        k, v = (
-            self._stored(x[:, :, : stop - start])
-            for x in (self.attention.open_k, self.attention.open_v)
-        )
-        tensors = order_segment(
-            k[full], v[full], self.layout.clustered_span(segment_idx), self.options.clusters
-        )
-        tensors["positions"] += start
-        kept = self.layout.sliding_tokens(segment_idx)
-        if sliding:
-            tensors["sliding_k"] = k[sliding][:, :, stop - start - kept :]
-            tensors["sliding_v"] = v[sliding][:, :, stop - start - kept :]
-        return [
-            {name: tensor[:, head].contiguous() for name, tensor in tensors.items()}
-            for head in range(self.params.num_kv_heads)
-        ]
-
-    def _stored(self, x: Tensor) -> Tensor:
-        return x.to(getattr(torch, self.params.kv_dtype))
 
 
 def order_segment(

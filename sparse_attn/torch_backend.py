@@ -16,7 +16,6 @@ from torch import Tensor
 from sparse_attn.state import LOWEST, Part
 
 _ROWS_AT_ONCE = 4096
-_TINY = torch.finfo(torch.float32).tiny
 _FUSED_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FUSED_CUDA = torch.ops.aten._scaled_dot_product_flash_attention
 # The fused operators tile over rows; below this many the two plain products are as fast (measured:
@@ -49,11 +48,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
         piece = slice(start, start + _ROWS_AT_ONCE)
         scores = _scaled_product(rows[:, piece], k, scale)
         if mask is not None:
-            scores.masked_fill_(~mask[piece], -math.inf)
-            pieces.append(_softmax_product(scores, v))
-        else:
-            weights, lse = _softmax(scores)
-            pieces.append((torch.bmm(weights.to(v.dtype), v), lse))
+            scores.masked_fill_(~mask[piece], LOWEST)
+        pieces.append(_softmax_product(scores, v)[:2])
     out, lse = (torch.cat(column, dim=1) for column in zip(*pieces, strict=True))
     return _unfold(out, lse, num_tokens)
 
@@ -78,8 +74,8 @@ def attend_shared(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Par
 
     For few queries: the shares are a whole matrix.
     """
-    weights, lse = _softmax(_scaled_product(fold_rows(q, k.shape[0]), k, scale))
-    out = torch.bmm(weights.to(v.dtype), v)
+    scores = _scaled_product(fold_rows(q, k.shape[0]), k, scale)
+    out, lse, weights = _softmax_product(scores, v)
     return _unfold(out, lse, q.shape[0]), unfold_rows(weights, q.shape[0])
 
 
@@ -99,10 +95,9 @@ def attend_slots(
     if visible is not None:
         hidden = ~visible | hidden
     per_query = scores.view(scores.shape[0], -1, num_tokens, scores.shape[2])
-    per_query.masked_fill_(hidden.unsqueeze(1), -math.inf)
-    weights, total, lse = _softmax_terms(scores)
-    weights /= total.clamp_(min=_TINY)
-    out = torch.bmm(weights.to(values.dtype), values)
+    per_query.masked_fill_(hidden.unsqueeze(1), LOWEST)
+    out, lse, weights = _softmax_product(scores, values)
+    weights.masked_fill_((lse == -math.inf).unsqueeze(-1), 0.0)
     return _unfold(out, lse, num_tokens), unfold_rows(weights, num_tokens)
 
 
@@ -111,8 +106,8 @@ def attend_estimated(log_mass: Tensor, mean_values: Tensor) -> Part:
 
     log_mass: [T, H, U] float32, -inf where the unit does not count; mean_values: [G, U, D] float32.
     """
-    rows = fold_rows(log_mass, mean_values.shape[0])
-    return _unfold(*_softmax_product(rows, mean_values), log_mass.shape[0])
+    rows = fold_rows(log_mass.clamp(min=LOWEST), mean_values.shape[0])
+    return _unfold(*_softmax_product(rows, mean_values)[:2], log_mass.shape[0])
 
 
 def gather_slots(x: Tensor, slots: Tensor) -> Tensor:
@@ -159,28 +154,25 @@ def log_sum_exp(scores: Tensor) -> Tensor:
 
     `torch.logsumexp` is a dozen operators on the CPU, which is most of a decode step's overhead.
     """
-    return _softmax_terms(scores)[2]
-
-
-def _softmax_product(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    weights, total, lse = _softmax_terms(scores)
-    out = torch.bmm(weights.to(values.dtype), values)
-    return out / total.clamp_(min=_TINY), lse
+    return _softmax(scores.clamp(min=LOWEST))[1]
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax and log-sum-exp of rows that hold at least one finite score."""
+    """Softmax of each row and its log-sum-exp; a row of nothing but LOWEST gives -inf.
+
+    The weights of such a row mean nothing. Scores must be finite: LOWEST hides a key. The
+    greatest weight is exp(0) / total, so its logarithm gives the total without another pass.
+    """
     weights = torch.softmax(scores, dim=-1)
-    # The greatest weight is exp(0) / total: its logarithm gives the total without another pass.
-    return weights, scores.amax(dim=-1) - weights.amax(dim=-1).log()
+    lse = scores.amax(dim=-1) - weights.amax(dim=-1).log()
+    return weights, lse.masked_fill_(lse < 0.5 * LOWEST, -math.inf)
 
 
-def _softmax_terms(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(score - greatest), their sum [..., 1], and the log-sum-exp [...]."""
-    top = scores.amax(dim=-1, keepdim=True).clamp_(min=LOWEST)
-    weights = torch.sub(scores, top).exp_()
-    total = weights.sum(dim=-1, keepdim=True)
-    return weights, total, (top + total.log()).squeeze(-1)
+def _softmax_product(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted mean of the values, log-sum-exp, and the weights; 0 for a row without a score."""
+    weights, lse = _softmax(scores)
+    out = torch.bmm(weights.to(values.dtype), values)
+    return out.masked_fill_((lse == -math.inf).unsqueeze(-1), 0.0), lse, weights
 
 
 def _scaled_product(rows: Tensor, keys: Tensor, scale: float) -> Tensor:

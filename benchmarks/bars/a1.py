@@ -2,7 +2,7 @@
 
 Owns the comparison: the real model at 1, 17, 512 and 3,000 tokens, and a tiny random model of every
 architecture from safetensors and from GGUF. Refuses to know how a prompt is computed: `make_run`
-brings that, so that the same comparison serves dense attention and the product's own prefill.
+brings that; the row itself uses `ProductRun`, the prefill of an ingest.
 The tiny models are those of the tests (`tests/model/tiny.py`).
 """
 
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import note, print_row
+from kv_store import Layout
+from orchestrator.ingest import NUM_SINKS, Prefill
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.decoder import Decoder
 from orchestrator.model.gguf_file import open_gguf
@@ -26,6 +28,8 @@ from orchestrator.model.gguf_weights import load_gguf_weights, read_gguf_config
 from orchestrator.model.hf_weights import load_hf_weights, read_hf_config
 from orchestrator.model.load import load_model
 from orchestrator.model.registry import DEFAULT_MODEL, find_model
+from sparse_attn.api import find_backend
+from sparse_attn.select.centroid_build import CentroidParams
 
 PROMPT_TOKENS = (1, 17, 512, 3000)
 TINY_PROMPT_TOKENS = (1, 17, 90)
@@ -38,6 +42,8 @@ BAR = (
 _CPU = torch.device("cpu")
 _BLOCK_TOKENS = 256
 MAX_CHUNK_TOKENS = 1024
+SEGMENT_TOKENS = 1024
+MAX_TOKENS = 4096
 
 
 class Run(Protocol):
@@ -212,12 +218,49 @@ def summarise(comparisons: list[Comparison]) -> tuple[dict[str, object], bool]:
 _CHUNK_KEYS = ("chunk_diff", "attention_diff")
 
 
-def main(make_run: MakeRun | None = None) -> int:
-    """Measure the row; without `make_run` the prompts go through dense attention."""
-    if make_run is None:
-        from tests.model.dense import DenseCache
+class ProductRun:
+    """The product's own path: prefill chunk by chunk, clustered and sealed every segment."""
 
-        make_run = DenseCache
-    comparisons = [*compare_tiny(make_run), *compare_real(make_run)]
+    def __init__(self, cfg: ModelConfig) -> None:
+        self._cfg = cfg
+        self._prefill: Prefill | None = None
+        self._num_tokens = 0
+
+    def forward(self, decoder: Decoder, ids: list[int]) -> Tensor:
+        """Compute `ids` behind everything that came before; seals each segment that fills up."""
+        if self._prefill is None:
+            layout = _layout(self._cfg)
+            backend = find_backend("torch")
+            self._prefill = Prefill(decoder, backend, layout, clusters=CentroidParams())
+        pieces = []
+        while ids:
+            room = SEGMENT_TOKENS - self._num_tokens % SEGMENT_TOKENS
+            chunk, ids = ids[:room], ids[room:]
+            pieces.append(self._prefill.forward(torch.tensor(chunk), self._num_tokens))
+            self._num_tokens += len(chunk)
+            if len(chunk) == room:
+                segment_idx = self._num_tokens // SEGMENT_TOKENS - 1
+                self._prefill.append(self._prefill.build(segment_idx))
+        return torch.cat(pieces)
+
+
+def _layout(cfg: ModelConfig) -> Layout:
+    return Layout(
+        num_tokens=MAX_TOKENS,
+        segment_tokens=SEGMENT_TOKENS,
+        sinks=NUM_SINKS,
+        window=64,
+        num_full_layers=len(cfg.full_layers),
+        num_sliding_layers=len(cfg.sliding_layers),
+        sliding_window=max((w for w in cfg.windows if w is not None), default=0),
+        num_kv_heads=cfg.num_kv_heads,
+        head_dim=cfg.head_dim,
+        kv_dtype="float32",
+    )
+
+
+def main() -> int:
+    """Measure the row through the product's own prefill."""
+    comparisons = [*compare_tiny(ProductRun), *compare_real(ProductRun)]
     measured, holds = summarise(comparisons)
     return print_row(row="A1", measured=measured, bar=BAR, holds=holds)

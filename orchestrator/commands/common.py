@@ -63,9 +63,13 @@ def engine_options(command: Command) -> Command:
 
 
 def load_engine(options: dict[str, Any]) -> Engine:
-    """An engine from the options of `engine_options`."""
+    """An engine from the options of `engine_options`; the default model is fetched once."""
     from orchestrator.engine import Engine
+    from orchestrator.model.registry import fetch, is_fetched
 
+    if options["model"] == DEFAULT_MODEL and not is_fetched(DEFAULT_MODEL):
+        click.echo(f"fetching {DEFAULT_MODEL}, once", err=True)
+        fetch(DEFAULT_MODEL)
     return Engine.load(**options)
 
 

@@ -92,6 +92,11 @@ def list_models(models_dir: Path | None = None) -> list[ModelStatus]:
     ]
 
 
+def is_fetched(name: str, models_dir: Path | None = None) -> bool:
+    """Whether a model known by name is already on this machine."""
+    return _path_of(KNOWN[name], models_dir or find_models_dir()).is_file()
+
+
 def find_model(name: str, models_dir: Path | None = None) -> Path:
     """Return the GGUF file or Hugging Face directory that `name` stands for, name or path.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -223,7 +224,7 @@ def _take(units: Units, scores: _Scores, tile: _Tile, limit: Limit, *, lse_other
     """
     total = torch.logaddexp(log_sum_exp(scores.log_mass), lse_other)
     shares = tile.per_query(torch.exp(scores.log_mass - total.unsqueeze(-1)))
-    order = shares.sum(dim=1).sort(dim=-1, descending=True, stable=True).indices
+    order = _descending(shares.sum(dim=1))
     if limit.keys is not None:
         sizes = units.sizes.unsqueeze(1).expand_as(order).gather(2, order)
         taken = sizes.cumsum(dim=-1) <= limit.keys
@@ -234,6 +235,21 @@ def _take(units: Units, scores: _Scores, tile: _Tile, limit: Limit, *, lse_other
         before = in_order.cumsum(dim=-1) - in_order + steady
         taken = (before < limit.mass).any(dim=1)
     return torch.zeros_like(taken).scatter_(2, order, taken)
+
+
+def _descending(benefit: Tensor) -> Tensor:
+    """Order of non-negative float32 rows from greatest to least, equal values by lowest index.
+
+    On the CPU each value and its index become one integer that sorts the same way (bits of a
+    non-negative float are ordered as it is): numpy sorts those in vector registers, several times
+    faster than a stable sort.
+    """
+    if benefit.device.type != "cpu":
+        return benefit.sort(dim=-1, descending=True, stable=True).indices
+    bits = benefit.contiguous().view(torch.int32).numpy().astype(np.int64)
+    packed = -(bits << 32) + np.arange(benefit.shape[-1])
+    packed.sort(axis=-1)
+    return torch.from_numpy(packed & 0xFFFFFFFF)
 
 
 def _tail(units: Units, scores: _Scores, taken: Tensor, tile: _Tile) -> Tail:

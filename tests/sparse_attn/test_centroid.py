@@ -13,7 +13,13 @@ from torch import Tensor
 from sparse_attn import reference
 from sparse_attn.errors import InvalidBudget
 from sparse_attn.select.base import Limit, Selection
-from sparse_attn.select.centroid import CentroidIndex, expand_runs, select, select_nothing
+from sparse_attn.select.centroid import (
+    CentroidIndex,
+    _descending,
+    expand_runs,
+    select,
+    select_nothing,
+)
 from sparse_attn.state import merge_parts
 from sparse_attn.torch_backend import attend, attend_estimated, attend_slots
 from tests.sparse_attn.inputs import SCALE, clustered_layer, random_qkv
@@ -153,6 +159,14 @@ def test_equal_scores_take_the_lowest_slots() -> None:
     for head in range(2):
         read = selection.slots[head][selection.slots[head] >= 0].tolist()
         assert read == list(range(len(read)))
+
+
+def test_order_is_that_of_a_stable_descending_sort() -> None:
+    benefit = torch.rand(3, 5, 200, generator=torch.Generator().manual_seed(0))
+    benefit[:, :, ::7] = 0.25
+    benefit[:, :, 1::9] = 0.0
+    expected = benefit.sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(_descending(benefit), expected)
 
 
 def test_expand_runs_pads_heads_of_different_length() -> None:

@@ -43,7 +43,9 @@ def test_merging_is_associative(seed: int, sizes: tuple[int, int, int]) -> None:
     q, k, v = random_qkv(2, sum(sizes), seed=seed)
     a, b, c = (
         attend(q, keys, values, scale=SCALE)
-        for keys, values in zip(k.split(sizes, dim=1), v.split(sizes, dim=1), strict=True)
+        for keys, values in zip(
+            torch.split(k, sizes, dim=1), torch.split(v, sizes, dim=1), strict=True
+        )
     )
     assert_same(merge_parts([merge_parts([a, b]), c]), merge_parts([a, merge_parts([b, c])]))
 

@@ -1,0 +1,96 @@
+"""Row A2, the monoid: parts over any disjoint partition merge to dense attention, in float32.
+
+Owns a seeded run of many random partitions and selections, with the largest error seen; the
+properties themselves are tests (tests/sparse_attn/test_state.py, test_centroid.py).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+
+from benchmarks.harness import print_row
+from sparse_attn import reference
+from sparse_attn.select.base import Limit, Selection
+from sparse_attn.select.centroid import select
+from sparse_attn.state import Part, empty_part, merge_parts
+from sparse_attn.torch_backend import attend, attend_estimated, attend_slots
+from tests.sparse_attn.inputs import SCALE, clustered_layer, random_qkv
+
+NUM_PARTITIONS = 300
+NUM_LAYERS = 60
+NUM_KEYS, NUM_SINKS, NUM_WINDOW = 300, 4, 8
+LIMIT = 1e-5
+BAR = (
+    "any disjoint partition, any order, empty parts; exact through clusters and slots equals dense "
+    "attention; sizes of read and estimated parts add up to all keys; 1e-5 in float32"
+)
+
+
+def main() -> int:
+    """Measure and print."""
+    partition_error = max(_partition_error(seed) for seed in range(NUM_PARTITIONS))
+    results = [_selection_error(seed, levels) for seed in range(NUM_LAYERS) for levels in (1, 2)]
+    selection_error = max(error for error, _ in results)
+    wrong_sizes = sum(wrong for _, wrong in results)
+    measured = {
+        "partition_error_max": partition_error,
+        "num_partitions": NUM_PARTITIONS,
+        "all_clusters_error_max": selection_error,
+        "selections_whose_sizes_do_not_add_up": wrong_sizes,
+        "num_selections": len(results) * 4,
+    }
+    holds = partition_error <= LIMIT and selection_error <= LIMIT and wrong_sizes == 0
+    return print_row(row="A2", measured=measured, bar=BAR, holds=holds)
+
+
+def _partition_error(seed: int) -> float:
+    """Largest difference from dense attention of one random partition, merged in random order."""
+    rng = random.Random(seed)
+    num_keys, num_parts = rng.randint(1, 200), rng.randint(1, 9)
+    q, k, v = random_qkv(rng.randint(1, 3), num_keys, seed=seed, spread=rng.choice([0.1, 1, 20]))
+    owner = torch.tensor([rng.randrange(num_parts) for _ in range(num_keys)])
+    parts = [attend(q, k[:, owner == p], v[:, owner == p], scale=SCALE) for p in range(num_parts)]
+    parts.append(empty_part(q.shape[0], q.shape[1], q.shape[2]))
+    rng.shuffle(parts)
+    return _error(merge_parts(parts), reference.attend(q, k, v, scale=SCALE))
+
+
+def _selection_error(seed: int, levels: int) -> tuple[float, int]:
+    """Error when every cluster is read, and how many of four limits lose or repeat a key."""
+    k, v, index, _ = clustered_layer(NUM_KEYS, seed=seed)
+    q, _, _ = random_qkv(2, 1, seed=seed + 1, spread=2.0)
+    steady_keys, steady_values = (
+        torch.cat([x[:, :NUM_SINKS], x[:, NUM_KEYS - NUM_WINDOW :]], dim=1) for x in (k, v)
+    )
+    steady = attend(q, steady_keys, steady_values, scale=SCALE)
+    wrong = 0
+    for limit in (Limit(keys=0), Limit(keys=50), Limit(mass=0.7), Limit(keys=NUM_KEYS)):
+        selection = select(index, q, lse_steady=steady.lse, limit=limit, levels=levels)
+        wrong += not _adds_up(selection)
+    part, _ = attend_slots(q, k, v, selection.slots, visible=selection.visible, scale=SCALE)
+    tail = attend_estimated(selection.tail.log_mass, selection.tail.mean_values)
+    merged = merge_parts([steady, part, tail])
+    return _error(merged, reference.attend(q, k, v, scale=SCALE)), wrong
+
+
+def _adds_up(selection: Selection) -> bool:
+    """Whether read and estimated keys of every query are the whole body, each once."""
+    num_body = NUM_KEYS - NUM_SINKS - NUM_WINDOW
+    per_query, _ = selection.count_read()
+    num_queries, num_heads, num_units = selection.tail.log_mass.shape
+    num_kv_heads = selection.slots.shape[0]
+    unread = (selection.tail.log_mass > -math.inf).view(
+        num_queries, num_kv_heads, num_heads // num_kv_heads, num_units
+    )
+    estimated = (unread * selection.tail.sizes.unsqueeze(1)).sum(dim=-1)  # [T, G, H / G]
+    total = estimated + per_query.t().unsqueeze(-1)
+    return bool((total == num_body).all())
+
+
+def _error(a: Part, b: Part) -> float:
+    """Largest difference of outputs, and of log-sum-exps relative to their size where above 1."""
+    lse_error = (a.lse - b.lse).abs() / b.lse.abs().clamp(min=1.0)
+    return max(float((a.out - b.out).abs().max()), float(lse_error.max()))
