@@ -32,11 +32,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
     num_tokens, num_heads, _ = q.shape
     num_kv_heads, num_slots, _ = k.shape
     rows = fold_rows(q, num_kv_heads)
-    if num_slots == 0:
-        return _unfold(
-            rows.new_zeros(rows.shape), rows.new_full(rows.shape[:2], -math.inf), num_tokens
-        )
-    if mask is None and rows.shape[1] >= _MIN_FUSED_ROWS and _has_fused(q):
+    if mask is None and num_slots and rows.shape[1] >= _MIN_FUSED_ROWS and _has_fused(q):
         return _unfold(*_fused(rows, k, v, scale, is_causal=False), num_tokens)
     if mask is not None:
         per_group = num_heads // num_kv_heads
@@ -163,6 +159,8 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     The weights of such a row mean nothing. Scores must be finite: LOWEST hides a key. The
     greatest weight is exp(0) / total, so its logarithm gives the total without another pass.
     """
+    if scores.shape[-1] == 0:
+        return scores, scores.new_full(scores.shape[:-1], -math.inf)
     weights = torch.softmax(scores, dim=-1)
     lse = scores.amax(dim=-1) - weights.amax(dim=-1).log()
     return weights, lse.masked_fill_(lse < 0.5 * LOWEST, -math.inf)

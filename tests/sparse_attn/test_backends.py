@@ -54,8 +54,12 @@ def test_attend_causal(num_tokens: int) -> None:
     )
 
 
-def test_attend_over_no_key_is_empty() -> None:
-    q, k, v = random_qkv(2, 0)
+@pytest.mark.parametrize("num_tokens", [1, 2, 9])
+def test_attend_over_no_key_is_empty(num_tokens: int) -> None:
+    q, k, v = random_qkv(num_tokens, 0)
+    part, shares = torch_backend.attend_shared(q, k, v, scale=SCALE)
+    assert_same(part, reference.attend(q, k, v, scale=SCALE))
+    assert shares.shape == (num_tokens, 6, 0)
     assert_same(torch_backend.attend(q, k, v, scale=SCALE), reference.attend(q, k, v, scale=SCALE))
 
 

@@ -25,7 +25,7 @@ def assert_same(a: Part, b: Part) -> None:
     num_tokens=st.integers(1, 3),
     owners=st.lists(st.integers(0, 4), min_size=1, max_size=40),
     order=st.permutations(range(5)),
-    spread=st.sampled_from([0.1, 1.0, 20.0]),
+    spread=st.sampled_from([0.1, 1.0, 5.0]),
     seed=st.integers(0, 2**16),
 )
 def test_any_partition_in_any_order_is_dense_attention(
@@ -41,12 +41,8 @@ def test_any_partition_in_any_order_is_dense_attention(
 @given(seed=st.integers(0, 2**16), sizes=st.tuples(*[st.integers(0, 7)] * 3))
 def test_merging_is_associative(seed: int, sizes: tuple[int, int, int]) -> None:
     q, k, v = random_qkv(2, sum(sizes), seed=seed)
-    a, b, c = (
-        attend(q, keys, values, scale=SCALE)
-        for keys, values in zip(
-            torch.split(k, sizes, dim=1), torch.split(v, sizes, dim=1), strict=True
-        )
-    )
+    keys, values = torch.split(k, list(sizes), dim=1), torch.split(v, list(sizes), dim=1)
+    a, b, c = (attend(q, keys[i], values[i], scale=SCALE) for i in range(3))
     assert_same(merge_parts([merge_parts([a, b]), c]), merge_parts([a, merge_parts([b, c])]))
 
 
