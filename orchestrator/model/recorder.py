@@ -49,8 +49,8 @@ class Recorder:
         shares: [H, S], each key's share of its part; weight: [H], the part's share of everything.
         """
         num_kv_heads = self._resident.num_kv_heads
-        weights = weight.view(num_kv_heads, 1, -1)
-        mass = torch.bmm(weights, shares.view(num_kv_heads, -1, shares.shape[1])).squeeze(1)
+        rows = (num_kv_heads, shares.shape[0] // num_kv_heads, shares.shape[1])
+        mass = torch.bmm(weight.view(num_kv_heads, 1, -1), shares.view(rows)).squeeze(1)
         if isinstance(where, slice):
             self._mass[full_layer][:, where] += mass
         else:
