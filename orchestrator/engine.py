@@ -240,12 +240,7 @@ class Engine:
                 document, dtype=self.model.decoder.dtype, device=self.model.decoder.device
             )
             params = document.manifest.params
-            context = DocumentContext(
-                resident,
-                num_sinks=params.sinks,
-                num_window=params.window,
-                scale=self.model.cfg.attention_scale,
-            )
+            context = DocumentContext(resident, num_sinks=params.sinks, num_window=params.window)
             # Evidence needs them last; they are checked first, before any text is given out.
             _ = document.text, document.spans
             opened = OpenDocument(document=document, context=context)

@@ -57,7 +57,8 @@ def bound_missed_share(q: Tensor, tail: Tail, lse_read: Tensor, *, scale: float)
     vacuous on real keys and is never an estimate.
     """
     per_group = q.shape[1] // tail.radii.shape[0]
-    reach = q.float().norm(dim=-1, keepdim=True) * tail.radii.repeat_interleave(per_group, dim=0)
+    radii = tail.radii.repeat_interleave(per_group, dim=0)
+    reach = q.float().norm(dim=-1, keepdim=True) * scale * radii
     most = torch.where(tail.log_mass > -math.inf, tail.log_mass_linear + reach, -math.inf)
     return torch.sigmoid(log_sum_exp(most) - lse_read)
 

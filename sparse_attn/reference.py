@@ -80,12 +80,13 @@ def attend_slots(
     return Part(out, lse), shares
 
 
-def attend_estimated(log_mass: Tensor, mean_values: Tensor) -> Part:
+def attend_estimated(log_mass: Tensor, value_sums: Tensor, sizes: Tensor) -> Part:
     """The part of keys that were not read, each unit standing for its keys.
 
     log_mass: [T, H, U], estimated log of sum exp(score) over the unit's keys, -inf where the unit
-    does not count; mean_values: [G, U, D], mean value of the unit's keys.
+    does not count; value_sums: [G, U, D]; sizes: [G, U] keys of each unit, 0 at padding.
     """
+    mean_values = value_sums.float() / sizes.clamp(min=1).unsqueeze(-1)
     num_tokens, num_heads, _ = log_mass.shape
     per_group = num_heads // mean_values.shape[0]
     out = torch.zeros(num_tokens, num_heads, mean_values.shape[2], device=log_mass.device)
@@ -94,7 +95,5 @@ def attend_estimated(log_mass: Tensor, mean_values: Tensor) -> Part:
         for h in range(num_heads):
             lse[t, h] = torch.logsumexp(log_mass[t, h], dim=0)
             if lse[t, h] > -math.inf:
-                out[t, h] = (
-                    torch.exp(log_mass[t, h] - lse[t, h]) @ mean_values[h // per_group].float()
-                )
+                out[t, h] = torch.exp(log_mass[t, h] - lse[t, h]) @ mean_values[h // per_group]
     return Part(out, lse)

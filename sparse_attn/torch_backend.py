@@ -97,13 +97,16 @@ def attend_slots(
     return _unfold(out, lse, num_tokens), unfold_rows(weights, num_tokens)
 
 
-def attend_estimated(log_mass: Tensor, mean_values: Tensor) -> Part:
+def attend_estimated(log_mass: Tensor, value_sums: Tensor, sizes: Tensor) -> Part:
     """The part of keys that were not read, each unit standing for its keys.
 
-    log_mass: [T, H, U] float32, -inf where the unit does not count; mean_values: [G, U, D] float32.
+    log_mass: [T, H, U] float32, -inf where the unit does not count; value_sums: [G, U, D] float32;
+    sizes: [G, U] keys of each unit, 0 at padding.
     """
-    rows = fold_rows(log_mass.clamp(min=LOWEST), mean_values.shape[0])
-    return _unfold(*_softmax_product(rows, mean_values)[:2], log_mass.shape[0])
+    weights, lse = _softmax(fold_rows(log_mass.clamp(min=LOWEST), value_sums.shape[0]))
+    weights /= sizes.clamp(min=1).unsqueeze(1)
+    out = torch.bmm(weights, value_sums)
+    return _unfold(out.masked_fill_((lse == -math.inf).unsqueeze(-1), 0.0), lse, len(log_mass))
 
 
 def gather_slots(x: Tensor, slots: Tensor) -> Tensor:

@@ -25,14 +25,13 @@ def make_units(k: Tensor, v: Tensor, *, size: int) -> Units:
     centroids = keys.mean(dim=2)
     centred = keys - centroids.unsqueeze(2)
     sizes = torch.full(centroids.shape[:2], size)
-    return Units.from_sums(
+    return Units.from_tables(
         centroids=centroids,
         variances=centred.square().mean(dim=2),
         value_sums=values.sum(dim=2),
         radii=centred.norm(dim=-1).amax(dim=2),
         starts=torch.arange(centroids.shape[1]).expand_as(sizes) * size,
         sizes=sizes,
-        scale=SCALE,
     )
 
 
@@ -40,25 +39,24 @@ def make_tail(q: Tensor, k: Tensor, v: Tensor, *, size: int) -> Tail:
     """The tail when nothing of k, v is read."""
     units, nothing = make_units(k, v, size=size), torch.zeros(k.shape[0], 1, dtype=torch.int64)
     index = CentroidIndex(clusters=units, groups=units, group_starts=nothing, group_counts=nothing)
-    return select_nothing(index, q).tail
+    return select_nothing(index, q, scale=SCALE).tail
 
 
 def log_mean_exp(num_keys: int, sigma: float) -> float:
     """What the selector adds to log n + s q.c for one unit of that spread."""
     spread = torch.full((1, 1, 1), sigma / SCALE).square()
     zero = torch.zeros(1, 1, 1)
-    units = Units.from_sums(
+    units = Units.from_tables(
         centroids=zero,
         variances=spread,
         value_sums=zero,
         radii=zero[..., 0],
         starts=torch.zeros(1, 1),
         sizes=torch.tensor([[num_keys]]),
-        scale=SCALE,
     )
     none = torch.zeros(1, 1, dtype=torch.int64)
     index = CentroidIndex(clusters=units, groups=units, group_starts=none, group_counts=none)
-    tail = select_nothing(index, torch.ones(1, 1, 1)).tail
+    tail = select_nothing(index, torch.ones(1, 1, 1), scale=SCALE).tail
     return float(tail.log_mass) - math.log(num_keys)
 
 
@@ -76,7 +74,10 @@ def test_one_key_is_estimated_exactly() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 8), torch.randn(2, 32, 8), torch.randn(2, 32, 8)
     tail = make_tail(q, k, v, size=1)
-    part, exact = attend_estimated(tail.log_mass, tail.mean_values), attend(q, k, v, scale=SCALE)
+    part, exact = (
+        attend_estimated(tail.log_mass, tail.value_sums, tail.sizes),
+        attend(q, k, v, scale=SCALE),
+    )
     torch.testing.assert_close(part.lse, exact.lse, atol=1e-5, rtol=0)
     torch.testing.assert_close(part.out, exact.out, atol=1e-5, rtol=0)
 
@@ -102,7 +103,9 @@ def test_estimated_tail_beats_a_dropped_one() -> None:
     read = attend(q, more, more, scale=SCALE)
     exact = merge_parts([read, attend(q, k, v, scale=SCALE)]).out
     tail = make_tail(q, k, v, size=16)
-    estimated = merge_parts([read, attend_estimated(tail.log_mass, tail.mean_values)]).out
+    estimated = merge_parts(
+        [read, attend_estimated(tail.log_mass, tail.value_sums, tail.sizes)]
+    ).out
     assert (estimated - exact).norm() < 0.25 * (read.out - exact).norm()
 
 

@@ -14,6 +14,7 @@ from orchestrator.ingest import IngestOptions
 from orchestrator.selection import decide, selector_facts
 from orchestrator.stack import stack_manifest
 from orchestrator.types import AskOptions, Mode
+from sparse_attn.select.centroid_build import CentroidParams
 from tests.tiny_model import QUESTION, SEGMENT_TOKENS, TEXT, save_tiny_model
 
 FACTS: dict[str, Any] = {
@@ -79,7 +80,7 @@ def test_the_selector_is_named_as_it_was_asked_for(engine: Engine) -> None:
     assert selector(mode="exact") == selector(mode="auto") == selector("half", mode="exact")
     assert selector(mode="exact", budget="5%") == selector(mode="exact")
     assert selector(levels=2) != selector(levels=1) == selector()
-    assert selector()["index"]["keys_per_cluster"] == 16
+    assert selector()["index"] == {"name": "centroid", **CentroidParams().to_dict()}
 
 
 def test_a_share_has_one_name_whatever_the_document() -> None:

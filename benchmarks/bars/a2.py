@@ -74,10 +74,12 @@ def _selection_error(seed: int, levels: int) -> tuple[float, int]:
     steady = attend(q, steady_keys, steady_values, scale=SCALE)
     wrong = 0
     for limit in (Limit(keys=0), Limit(keys=50), Limit(mass=0.7), Limit(keys=NUM_KEYS)):
-        selection = select(index, q, lse_steady=steady.lse, limit=limit, levels=levels)
+        selection = select(index, q, scale=SCALE, lse_steady=steady.lse, limit=limit, levels=levels)
         wrong += not _adds_up(selection)
     part, _ = attend_slots(q, k, v, selection.slots, visible=selection.visible, scale=SCALE)
-    tail = attend_estimated(selection.tail.log_mass, selection.tail.mean_values)
+    tail = attend_estimated(
+        selection.tail.log_mass, selection.tail.value_sums, selection.tail.sizes
+    )
     merged = merge_parts([steady, part, tail])
     return _error(merged, reference.attend(q, k, v, scale=SCALE)), wrong
 

@@ -48,9 +48,7 @@ def synthetic_context(
     for segment_idx in range(layout.num_segments):
         resident.append(_segment(layout, segment_idx, dtype, device, generator))
     resident.freeze()
-    return DocumentContext(
-        resident, num_sinks=layout.sinks, num_window=layout.window, scale=cfg.attention_scale
-    )
+    return DocumentContext(resident, num_sinks=layout.sinks, num_window=layout.window)
 
 
 def _segment(

@@ -52,11 +52,8 @@ class DocumentContext:
     zone.
     """
 
-    def __init__(
-        self, resident: ResidentDocument, *, num_sinks: int, num_window: int, scale: float
-    ) -> None:
+    def __init__(self, resident: ResidentDocument, *, num_sinks: int, num_window: int) -> None:
         self.resident = resident
-        self._scale = scale
         self.num_tokens = resident.num_tokens
         self.num_sinks = min(num_sinks, self.num_tokens)
         self.num_window = min(num_window, self.num_tokens - self.num_sinks)
@@ -75,7 +72,7 @@ class DocumentContext:
     def index(self, full_layer: int) -> CentroidIndex:
         """Look-up tables of the `full_layer`-th full-attention layer, built on first use."""
         if full_layer not in self._indexes:
-            self._indexes[full_layer] = _build_index(self.resident, full_layer, self._scale)
+            self._indexes[full_layer] = _build_index(self.resident, full_layer)
         return self._indexes[full_layer]
 
     def steady_keys(self, full_layer: int) -> tuple[Tensor, Tensor]:
@@ -88,10 +85,9 @@ class DocumentContext:
         )
 
 
-def _build_index(resident: ResidentDocument, full_layer: int, scale: float) -> CentroidIndex:
+def _build_index(resident: ResidentDocument, full_layer: int) -> CentroidIndex:
     tables = resident.clusters[full_layer]
-    clusters = Units.from_sums(
-        scale=scale,
+    clusters = Units.from_tables(
         centroids=tables.centroids,
         variances=tables.variances,
         value_sums=tables.value_sums,
@@ -100,8 +96,7 @@ def _build_index(resident: ResidentDocument, full_layer: int, scale: float) -> C
         sizes=tables.sizes,
     )
     first_cluster = tables.group_starts.long().clamp(max=clusters.starts.shape[1] - 1)
-    groups = Units.from_sums(
-        scale=scale,
+    groups = Units.from_tables(
         centroids=tables.group_centroids,
         variances=tables.group_variances,
         value_sums=tables.group_value_sums,
@@ -174,6 +169,8 @@ class QuestionAttention:
         place, resident = self._places[layer_idx], self._context.resident
         if self._windows[layer_idx] is None:
             k, v = self._context.steady_keys(place)
+            if self._plan.mode == "exact":  # the document is read as one run, steady zone included
+                k, v = k[:, :0], v[:, :0]
         else:
             k, v = resident.sliding_k[place], resident.sliding_v[place]
         kept = k.shape[1]
@@ -212,8 +209,9 @@ class QuestionAttention:
         return self._backend.attend(q, k, v, scale=self._scale, mask=mask)
 
     def _attend_exact(self, full_layer: int, q: Tensor, steady: Part, past: int) -> Tensor:
-        body, resident = self._context.body, self._context.resident
-        k, v = resident.k[full_layer][:, body], resident.v[full_layer][:, body]
+        # Whole tensors: a slice between the heads' steady zones would be copied by bf16 products.
+        k, v = self._context.resident.k[full_layer], self._context.resident.v[full_layer]
+        everything = slice(0, k.shape[1])
         if q.shape[0] == 1:
             last, shares = self._backend.attend_shared(q, k, v, scale=self._scale)
             merged = merge_parts([steady, last])
@@ -222,7 +220,7 @@ class QuestionAttention:
             last, shares = self._backend.attend_shared(q[-1:], k, v, scale=self._scale)
             merged = merge_parts([steady, part])
         weight = torch.exp(last.lse[-1] - merged.lse[-1])
-        self._recorder.add_evidence(full_layer, body, shares[-1], weight)
+        self._recorder.add_evidence(full_layer, everything, shares[-1], weight)
         self._recorder.add_exact(q.shape[0], past + q.shape[0] + k.shape[1])
         return merged.out
 
@@ -252,14 +250,21 @@ class QuestionAttention:
         if self._plan.mode == "window":
             return read.out
         tail = selection.tail
-        estimated = self._backend.attend_estimated(tail.log_mass, tail.mean_values)
+        estimated = self._backend.attend_estimated(tail.log_mass, tail.value_sums, tail.sizes)
         return merge_parts([read, estimated]).out
 
     def _select(self, full_layer: int, q: Tensor, lse_steady: Tensor) -> Selection:
         index, plan = self._context.index(full_layer), self._plan
         if plan.limit is None:
-            return select_nothing(index, q)
-        return select(index, q, lse_steady=lse_steady, limit=plan.limit, levels=plan.levels)
+            return select_nothing(index, q, scale=self._scale)
+        return select(
+            index,
+            q,
+            scale=self._scale,
+            lse_steady=lse_steady,
+            limit=plan.limit,
+            levels=plan.levels,
+        )
 
     def _sample_recall(
         self, full_layer: int, q: Tensor, selection: Selection, read: Part, *, first_query: int

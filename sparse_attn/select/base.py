@@ -45,13 +45,13 @@ class Tail:
 
     log_mass: [T, H, U] float32, estimated log sum of exp(score) over the unit, -inf where the query
     read it; log_mass_linear: the same without the spread within units, nowhere masked.
-    mean_values: [G, U, D] float32; radii: [G, U] float32, greatest distance of a key from the mean
-    key, times the score scale; starts, sizes: [G, U] int64, the unit's run of slots.
+    value_sums: [G, U, D] float32; radii: [G, U] float32, greatest distance of a key from the mean
+    key; starts, sizes: [G, U] int64, the unit's run of slots.
     """
 
     log_mass: Tensor
     log_mass_linear: Tensor
-    mean_values: Tensor
+    value_sums: Tensor
     radii: Tensor
     starts: Tensor
     sizes: Tensor

@@ -35,15 +35,14 @@ _UNOPENED_SHARE = 0.25
 class Units:
     """Runs of slots with their statistics, of one layer: clusters, or groups of clusters.
 
-    Scaled for scores: centroids by s, variances by s^2, radii by s, where s multiplies q.k.
-    centroids, variances, mean_values: [G, U, D] float32; log_sizes (-inf at padding), critical
+    centroids, variances, value_sums: [G, U, D] float32; log_sizes (-inf at padding), critical
     (the spread sqrt(2 log n) where the estimate bends), radii: [G, U] float32; starts, sizes:
-    [G, U] int64, in slots.
+    [G, U] int64, in slots. The large tables are those of the store, never copied.
     """
 
     centroids: Tensor
     variances: Tensor
-    mean_values: Tensor
+    value_sums: Tensor
     log_sizes: Tensor
     critical: Tensor
     radii: Tensor
@@ -51,7 +50,7 @@ class Units:
     sizes: Tensor
 
     @classmethod
-    def from_sums(
+    def from_tables(
         cls,
         *,
         centroids: Tensor,
@@ -60,17 +59,16 @@ class Units:
         radii: Tensor,
         starts: Tensor,
         sizes: Tensor,
-        scale: float,
     ) -> Units:
-        """Units from what is stored: value sums [G, U, D] become means, spreads are scaled."""
-        counts = sizes.clamp(min=1).float()
+        """Units from what is stored; a size of 0 is padding."""
+        log_sizes = torch.log(sizes.float())
         return cls(
-            centroids=centroids * scale,
-            variances=variances * scale**2,
-            mean_values=value_sums / counts.unsqueeze(-1),
-            log_sizes=torch.log(sizes.float()),
-            critical=torch.log(counts).mul_(2.0).sqrt_(),
-            radii=radii * scale,
+            centroids=centroids,
+            variances=variances,
+            value_sums=value_sums,
+            log_sizes=log_sizes,
+            critical=log_sizes.clamp(min=0.0).mul_(2.0).sqrt_(),
+            radii=radii,
             starts=starts.long(),
             sizes=sizes.long(),
         )
@@ -82,7 +80,7 @@ class Units:
         return Units(
             centroids=gather_slots(self.centroids, columns),
             variances=gather_slots(self.variances, columns),
-            mean_values=gather_slots(self.mean_values, columns),
+            value_sums=gather_slots(self.value_sums, columns),
             log_sizes=self.log_sizes.gather(1, safe).masked_fill_(padding, -math.inf),
             critical=self.critical.gather(1, safe),
             radii=self.radii.gather(1, safe),
@@ -105,7 +103,13 @@ class CentroidIndex:
 
 
 def select(
-    index: CentroidIndex, q: Tensor, *, lse_steady: Tensor, limit: Limit, levels: int
+    index: CentroidIndex,
+    q: Tensor,
+    *,
+    scale: float,
+    lse_steady: Tensor,
+    limit: Limit,
+    levels: int,
 ) -> Selection:
     """Choose the clusters that each query of a tile reads exactly; the tile reads their union once.
 
@@ -117,7 +121,8 @@ def select(
     """
     num_kv_heads = index.clusters.sizes.shape[0]
     lse = fold_rows(lse_steady.unsqueeze(-1), num_kv_heads).squeeze(-1)
-    tile = _Tile(rows=fold_rows(q.float(), num_kv_heads), lse_steady=lse, num_tokens=q.shape[0])
+    rows = fold_rows(q.float() * scale, num_kv_heads)
+    tile = _Tile(rows=rows, lse_steady=lse, num_tokens=q.shape[0])
     if levels == 1:
         return _select_among(index.clusters, tile, limit, unopened=None)
     scores = _score(index.groups, tile)
@@ -133,10 +138,11 @@ def select(
     return replace(selection, lookup_bytes=selection.lookup_bytes + lookup_bytes)
 
 
-def select_nothing(index: CentroidIndex, q: Tensor) -> Selection:
+def select_nothing(index: CentroidIndex, q: Tensor, *, scale: float) -> Selection:
     """The `window` baseline: no cluster is read; the tail still says what stays unread."""
     lse_steady = q.new_zeros(q.shape[:2], dtype=torch.float32)
-    return select(index, q, lse_steady=lse_steady, limit=Limit(keys=0), levels=1)
+    limit = Limit(keys=0)
+    return select(index, q, scale=scale, lse_steady=lse_steady, limit=limit, levels=1)
 
 
 def expand_runs(starts: Tensor, sizes: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,9 +164,9 @@ def expand_runs(starts: Tensor, sizes: Tensor, taken: Tensor) -> tuple[Tensor, T
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tile:
-    """Queries that read together: rows [G, R, D] float32, R = (H/G) * T, and what is read anyway.
+    """Queries that read together: rows [G, R, D] float32, R = (H/G) * T, times the score scale.
 
-    lse_steady: [G, R] natural log of that.
+    lse_steady: [G, R] natural log of the mass that is read anyway.
     """
 
     rows: Tensor
@@ -258,7 +264,7 @@ def _tail(units: Units, scores: _Scores, taken: Tensor, tile: _Tile) -> Tail:
     return Tail(
         log_mass=unfold_rows(untaken.view_as(scores.log_mass), tile.num_tokens),
         log_mass_linear=unfold_rows(scores.log_mass_linear, tile.num_tokens),
-        mean_values=units.mean_values,
+        value_sums=units.value_sums,
         radii=units.radii,
         starts=units.starts,
         sizes=units.sizes,
@@ -272,7 +278,7 @@ def _join(first: Tail, second: Tail) -> Tail:
     return Tail(
         log_mass=both("log_mass", 2),
         log_mass_linear=both("log_mass_linear", 2),
-        mean_values=both("mean_values", 1),
+        value_sums=both("value_sums", 1),
         radii=both("radii", 1),
         starts=both("starts", 1),
         sizes=both("sizes", 1),
@@ -280,4 +286,4 @@ def _join(first: Tail, second: Tail) -> Tail:
 
 
 def _lookup_bytes(units: Units) -> int:
-    return units.centroids.nbytes + units.variances.nbytes + units.mean_values.nbytes
+    return units.centroids.nbytes + units.variances.nbytes + units.value_sums.nbytes

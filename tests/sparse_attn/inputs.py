@@ -56,24 +56,22 @@ def clustered_layer(
 
 def make_index(built: dict[str, Tensor]) -> CentroidIndex:
     """The look-up tables of one segment."""
-    clusters = Units.from_sums(
+    clusters = Units.from_tables(
         centroids=built["centroids"],
         variances=built["variances"],
         value_sums=built["value_sums"],
         radii=built["radii"],
         starts=built["cluster_starts"],
         sizes=built["cluster_sizes"],
-        scale=SCALE,
     )
     first = built["group_starts"].long().clamp(max=clusters.starts.shape[1] - 1)
-    groups = Units.from_sums(
+    groups = Units.from_tables(
         centroids=built["group_centroids"],
         variances=built["group_variances"],
         value_sums=built["group_value_sums"],
         radii=built["group_radii"],
         starts=clusters.starts.gather(1, first),
         sizes=built["group_sizes"],
-        scale=SCALE,
     )
     return CentroidIndex(
         clusters=clusters,

@@ -92,10 +92,11 @@ def test_attend_estimated_with_a_row_without_units() -> None:
     generator = torch.Generator().manual_seed(3)
     log_mass = torch.randn(2, 6, 9, generator=generator)
     log_mass[0, 0] = -torch.inf
-    mean_values = torch.randn(2, 9, 16, generator=generator)
+    value_sums = torch.randn(2, 9, 16, generator=generator)
+    sizes = torch.arange(1, 19).view(2, 9)
     assert_same(
-        torch_backend.attend_estimated(log_mass, mean_values),
-        reference.attend_estimated(log_mass, mean_values),
+        torch_backend.attend_estimated(log_mass, value_sums, sizes),
+        reference.attend_estimated(log_mass, value_sums, sizes),
     )
 
 

@@ -37,7 +37,9 @@ def steady_part(q: Tensor, k: Tensor, v: Tensor):  # type: ignore[no-untyped-def
 def run_select(
     index: CentroidIndex, q: Tensor, k: Tensor, v: Tensor, limit: Limit, levels: int
 ) -> Selection:
-    return select(index, q, lse_steady=steady_part(q, k, v).lse, limit=limit, levels=levels)
+    return select(
+        index, q, scale=SCALE, lse_steady=steady_part(q, k, v).lse, limit=limit, levels=levels
+    )
 
 
 def read_slots(selection: Selection, token: int, head: int) -> list[int]:
@@ -92,7 +94,9 @@ def test_reading_everything_through_clusters_is_dense_attention(
     q, _, _ = random_qkv(num_tokens, 1, seed=seed + 1, spread=2.0)
     selection = run_select(index, q, k, v, Limit(keys=NUM_KEYS), levels)
     part, _ = attend_slots(q, k, v, selection.slots, visible=selection.visible, scale=SCALE)
-    tail = attend_estimated(selection.tail.log_mass, selection.tail.mean_values)
+    tail = attend_estimated(
+        selection.tail.log_mass, selection.tail.value_sums, selection.tail.sizes
+    )
     ours = merge_parts([steady_part(q, k, v), part, tail])
     dense = reference.attend(q, k, v, scale=SCALE)
     torch.testing.assert_close(ours.out, dense.out, atol=1e-5, rtol=0)
@@ -113,7 +117,7 @@ def test_the_clusters_read_are_those_of_greatest_estimated_share() -> None:
     k, v, index, _ = clustered_layer(NUM_KEYS, seed=4)
     q, _, _ = random_qkv(1, 1, seed=5, spread=3.0)
     lse = steady_part(q, k, v).lse
-    everything = select_nothing(index, q).tail.log_mass
+    everything = select_nothing(index, q, scale=SCALE).tail.log_mass
     total = torch.logaddexp(torch.logsumexp(everything, dim=-1), lse)
     share = torch.exp(everything - total.unsqueeze(-1))[0].view(2, 3, -1).sum(dim=1)
     selection = run_select(index, q, k, v, Limit(keys=40), 1)
@@ -129,7 +133,7 @@ def test_mass_reads_enough_for_every_head_of_the_group() -> None:
     q, _, _ = random_qkv(2, 1, seed=7, spread=2.0)
     steady = steady_part(q, k, v)
     selection = run_select(index, q, k, v, Limit(mass=0.8), 1)
-    everything = torch.logsumexp(select_nothing(index, q).tail.log_mass, dim=-1)
+    everything = torch.logsumexp(select_nothing(index, q, scale=SCALE).tail.log_mass, dim=-1)
     unread = torch.logsumexp(selection.tail.log_mass, dim=-1)
     missed = torch.exp(unread - torch.logaddexp(everything, steady.lse))
     assert bool((missed <= 0.2 + 1e-5).all())
@@ -142,7 +146,7 @@ def test_equal_scores_take_the_lowest_slots() -> None:
         clusters=type(same)(
             centroids=torch.zeros_like(same.centroids),
             variances=torch.zeros_like(same.variances),
-            mean_values=same.mean_values,
+            value_sums=same.value_sums,
             log_sizes=torch.where(same.sizes > 0, 0.0, -math.inf),
             critical=torch.zeros_like(same.critical),
             radii=same.radii,
@@ -155,7 +159,7 @@ def test_equal_scores_take_the_lowest_slots() -> None:
     )
     q = torch.ones(1, 6, 16)
     limit = Limit(keys=int(same.sizes[:, :2].sum(dim=1).max()))
-    selection = select(flat, q, lse_steady=torch.zeros(1, 6), limit=limit, levels=1)
+    selection = select(flat, q, scale=SCALE, lse_steady=torch.zeros(1, 6), limit=limit, levels=1)
     for head in range(2):
         read = selection.slots[head][selection.slots[head] >= 0].tolist()
         assert read == list(range(len(read)))
@@ -205,7 +209,7 @@ def test_estimated_mass_of_one_key_clusters_is_exact() -> None:
     """A cluster of one key has no spread: its estimate is its score."""
     q, k, _ = random_qkv(1, 1, seed=10)
     index = _single_key_index(k)
-    log_mass = select_nothing(index, q).tail.log_mass
+    log_mass = select_nothing(index, q, scale=SCALE).tail.log_mass
     expected = torch.einsum("hd,hd->h", q[0], k[:, 0].repeat_interleave(3, dim=0)) * SCALE
     torch.testing.assert_close(log_mass[0, :, 0], expected)
 

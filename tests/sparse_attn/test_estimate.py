@@ -21,7 +21,9 @@ def setup(seed: int, keys: int, spread: float, levels: int = 1):  # type: ignore
     k, v, index, _ = clustered_layer(NUM_KEYS, seed=seed)
     q, _, _ = random_qkv(2, 1, seed=seed + 1, spread=spread)
     lse_steady = torch.full((2, 6), 1.0)
-    selection = select(index, q, lse_steady=lse_steady, limit=Limit(keys=keys), levels=levels)
+    selection = select(
+        index, q, scale=SCALE, lse_steady=lse_steady, limit=Limit(keys=keys), levels=levels
+    )
     body = slice(4, NUM_KEYS - 8)
     dense = attend(q, k[:, body], v[:, body], scale=SCALE).lse
     everything = torch.logaddexp(dense, lse_steady)
