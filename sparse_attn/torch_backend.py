@@ -16,6 +16,8 @@ from torch import Tensor
 from sparse_attn.state import LOWEST, Part
 
 _ROWS_AT_ONCE = 4096
+# Runs of keys up to this long are widened to float32 on the CPU (see `_widened`).
+_MAX_WIDENED_SLOTS = 2048
 _FUSED_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FUSED_CUDA = torch.ops.aten._scaled_dot_product_flash_attention
 # The fused operators tile over rows; below this many the two plain products are as fast (measured:
@@ -34,6 +36,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
     rows = fold_rows(q, num_kv_heads)
     if mask is None and num_slots and rows.shape[1] >= _MIN_FUSED_ROWS and _has_fused(q):
         return _unfold(*_fused(rows, k, v, scale, is_causal=False), num_tokens)
+    if num_slots <= _MAX_WIDENED_SLOTS:
+        rows, k, v = (_widened(x) for x in (rows, k, v))
     if mask is not None:
         per_group = num_heads // num_kv_heads
         mask = (
@@ -85,13 +89,13 @@ def attend_slots(
     0 where a query does not attend. Reads B keys and values a KV head, once for the tile.
     """
     num_tokens = q.shape[0]
-    keys, values = gather_slots(k, slots), gather_slots(v, slots)
-    scores = _scaled_product(fold_rows(q, k.shape[0]), keys, scale)
+    keys, values = _widened(gather_slots(k, slots)), _widened(gather_slots(v, slots))
+    scores = _scaled_product(fold_rows(q, k.shape[0]).to(keys.dtype), keys, scale)
     hidden = (slots < 0).unsqueeze(1)
     if visible is not None:
         hidden = ~visible | hidden
     per_query = scores.view(scores.shape[0], -1, num_tokens, scores.shape[2])
-    per_query.masked_fill_(hidden.unsqueeze(1), LOWEST)
+    per_query += hidden.unsqueeze(1) * LOWEST  # far cheaper than a masked fill
     out, lse, weights = _softmax_product(scores, values)
     weights.masked_fill_((lse == -math.inf).unsqueeze(-1), 0.0)
     return _unfold(out, lse, num_tokens), unfold_rows(weights, num_tokens)
@@ -112,6 +116,9 @@ def attend_estimated(log_mass: Tensor, value_sums: Tensor, sizes: Tensor) -> Par
 def gather_slots(x: Tensor, slots: Tensor) -> Tensor:
     """Rows of x [G, S, D] at slots [G, B]; padding (-1) reads slot 0, whose weight is then 0."""
     num_kv_heads, num_slots, head_dim = x.shape
+    if x.element_size() == 2 and head_dim % 2 == 0:
+        # Two halves move as one word: half as many elements, and the fast path of index_select.
+        return gather_slots(x.view(torch.int32), slots).view(x.dtype)
     rows_per_head = x.stride(0) // head_dim
     flat = slots.clamp(min=0)
     flat += torch.arange(0, num_kv_heads * rows_per_head, rows_per_head).unsqueeze(1).to(x.device)
@@ -180,6 +187,15 @@ def _scaled_product(rows: Tensor, keys: Tensor, scale: float) -> Tensor:
     """scale * rows @ keys^T, [G, R, S] float32."""
     nothing = rows.new_empty(1)
     return torch.baddbmm(nothing, rows, keys.transpose(1, 2), beta=0, alpha=scale).float()
+
+
+def _widened(x: Tensor) -> Tensor:
+    """float32 for a small half-precision operand on the CPU, else x itself.
+
+    Half-precision products compile a kernel for every new shape there, and the shapes of selections
+    and of growing answers are always new.
+    """
+    return x.float() if x.device.type == "cpu" else x
 
 
 def _has_fused(q: Tensor) -> bool:

@@ -101,32 +101,38 @@ def build(
 
 
 def kmeans(points: Tensor, *, num_clusters: int, iterations: int) -> Tensor:
-    """Labels [B, n] of Lloyd's k-means over points [B, n, D] float32; ties go to the lowest
-    cluster.
+    """Labels [B, n] of Lloyd's k-means over points [B, n, D] float32, the same on every run.
 
     Starts from evenly spaced points; a cluster that loses every point keeps its centre.
     """
-    num_points = points.shape[1]
+    num_problems, num_points, _ = points.shape
     first = torch.arange(num_clusters, device=points.device) * num_points // num_clusters
     centres = points[:, first]
-    labels = _assign(points, centres)
+    # One buffer for every iteration: fresh memory of this size costs more than the product.
+    distances = points.new_empty(num_problems, num_points, num_clusters)
+    labels = _assign(points, centres, distances)
     for _ in range(iterations):
-        member = _membership(labels, num_clusters)
-        sizes = member.sum(dim=2, keepdim=True)
-        centres = torch.where(sizes > 0, torch.bmm(member, points) / sizes.clamp(min=1.0), centres)
-        labels = _assign(points, centres)
+        sizes = _count(labels, num_clusters).unsqueeze(2)
+        means = _sum_by_label(points, labels, num_clusters) / sizes.clamp(min=1)
+        centres = torch.where(sizes > 0, means, centres)
+        labels = _assign(points, centres, distances)
     return labels
 
 
-def _assign(points: Tensor, centres: Tensor) -> Tensor:
+def _assign(points: Tensor, centres: Tensor, distances: Tensor) -> Tensor:
+    """Nearest centre of each point; overwrites distances [B, n, C], less each point's own norm."""
     norms = centres.square().sum(dim=2).unsqueeze(1)
-    return torch.baddbmm(norms, points, centres.transpose(1, 2), alpha=-2.0).argmin(dim=2)
+    torch.baddbmm(norms, points, centres.transpose(1, 2), alpha=-2.0, out=distances)
+    return distances.min(dim=2).indices
 
 
-def _membership(labels: Tensor, num_clusters: int) -> Tensor:
-    """[B, n] labels -> [B, U, n] float32, 1 where the point belongs to the cluster."""
-    member = torch.zeros(labels.shape[0], num_clusters, labels.shape[1], device=labels.device)
-    return member.scatter_(1, labels.unsqueeze(1), 1.0)
+def _sum_by_label(x: Tensor, labels: Tensor, num_units: int) -> Tensor:
+    """[B, n, D] and labels [B, n] -> sums [B, U, D]."""
+    num_problems, _, dim = x.shape
+    offsets = torch.arange(num_problems, device=x.device).unsqueeze(1) * num_units
+    sums = x.new_zeros(num_problems * num_units, dim)
+    sums.index_add_(0, (labels + offsets).view(-1), x.reshape(-1, dim))
+    return sums.view(num_problems, num_units, dim)
 
 
 def _cluster(points: Tensor, params: CentroidParams) -> tuple[Tensor, int]:
@@ -159,22 +165,22 @@ def _split_oversized(points: Tensor, labels: Tensor, num_clusters: int, max_size
 
 
 def _statistics(keys: Tensor, values: Tensor, labels: Tensor, num_units: int) -> _Stats:
-    member = _membership(labels, num_units)
-    sizes = member.sum(dim=2)
-    counts = sizes.clamp(min=1.0).unsqueeze(2)
-    centroids = torch.bmm(member, keys) / counts
+    sizes = _count(labels, num_units)
+    counts = sizes.clamp(min=1).unsqueeze(2)
+    centroids = _sum_by_label(keys, labels, num_units) / counts
     if keys.shape[1] == 0:
-        return _Stats(centroids, centroids, centroids, sizes, sizes.long())
+        return _Stats(centroids, centroids, centroids, sizes.float(), sizes)
     centred = keys - centroids.gather(1, labels.unsqueeze(2).expand(-1, -1, keys.shape[2]))
-    squares = centred.square()
+    squares = centred.square_()
     distance = squares.sum(dim=2).sqrt_()
-    radii = torch.zeros_like(sizes).scatter_reduce_(1, labels, distance, "amax")
+    radii = torch.zeros_like(sizes, dtype=torch.float32)
+    radii.scatter_reduce_(1, labels, distance, "amax")
     return _Stats(
         centroids=centroids,
-        variances=torch.bmm(member, squares) / counts,
-        value_sums=torch.bmm(member, values),
+        variances=_sum_by_label(squares, labels, num_units) / counts,
+        value_sums=_sum_by_label(values, labels, num_units),
         radii=radii * _RADIUS_SLACK,
-        sizes=sizes.long(),
+        sizes=sizes,
     )
 
 
