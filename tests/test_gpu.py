@@ -1,0 +1,71 @@
+"""The whole path on one GPU against the CPU: `make test-gpu`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.engine import Engine
+from orchestrator.ingest import IngestOptions
+from orchestrator.types import AskOptions, Mode
+from sparse_attn import reference, torch_backend
+from tests.sparse_attn.inputs import SCALE, random_qkv
+from tests.tiny_model import QUESTION, SEGMENT_TOKENS, TEXT, save_tiny_model
+
+pytestmark = pytest.mark.gpu
+
+NAME = "boxes"
+OPTIONS = IngestOptions(segment_tokens=SEGMENT_TOKENS)
+
+
+def first_logits(root: Path, device: str, dtype: str, mode: Mode) -> torch.Tensor:
+    """Logits after the question, from a document ingested on the same device."""
+    store = root / f"store-{device}-{dtype}"
+    options = {"store": store, "device": device, "dtype": dtype}
+    with Engine.load(str(root / "model"), **options) as engine:
+        engine.ingest(text=TEXT, name=NAME, options=OPTIONS)
+        # Everything is read, through clusters: which of two near ties is read may differ by device.
+        budget = "100%" if mode == "centroid" else None
+        asked = AskOptions(mode=mode, budget=budget)
+        session = engine.begin(NAME, QUESTION, asked, num_answer_tokens=4)
+        return session.forward(session.question_ids).cpu()
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3"])
+@pytest.mark.parametrize("mode", ["exact", "window", "centroid"])
+def test_float32_agrees_with_the_cpu(tmp_path: Path, case: str, mode: Mode) -> None:
+    save_tiny_model(tmp_path / "model", case)
+    ours, theirs = (first_logits(tmp_path, d, "float32", mode) for d in ("cuda", "cpu"))
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+
+
+def test_bfloat16_answers_with_recall_and_evidence(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model", "llama")
+    with Engine.load(str(tmp_path / "model"), store=tmp_path, device="cuda") as engine:
+        engine.ingest(text=TEXT, name=NAME, options=OPTIONS)
+        for levels in (1, 2):
+            answer = engine.ask(
+                NAME,
+                QUESTION,
+                mode="centroid",
+                budget="25%",
+                levels=levels,
+                max_tokens=4,
+                audit=True,
+            )
+            assert answer.recall.audit is not None
+            assert abs(answer.recall.mass_mean - answer.recall.audit.mass_mean) < 0.1
+            assert answer.recall.audit.bound_violations == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 9, 65])
+def test_attention_on_the_gpu_is_the_definition(dtype: torch.dtype, num_tokens: int) -> None:
+    q, k, v = (x.to("cuda", dtype) for x in random_qkv(num_tokens, 257))
+    ours = torch_backend.attend(q, k, v, scale=SCALE)
+    expected = reference.attend(q, k, v, scale=SCALE)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(ours.out, expected.out, atol=tolerance, rtol=0)
+    torch.testing.assert_close(ours.lse, expected.lse, atol=tolerance, rtol=0)
