@@ -32,6 +32,8 @@ class Backend(Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float
     ) -> tuple[Part, Tensor]: ...
 
+    def key_mass(self, q: Tensor, k: Tensor, lse: Tensor, *, scale: float) -> Tensor: ...
+
     def attend_slots(
         self,
         q: Tensor,

@@ -52,6 +52,13 @@ def attend_shared(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Par
     return attend(q, k, v, scale=scale), torch.softmax(torch.stack(scores, dim=1), dim=-1)
 
 
+def key_mass(q: Tensor, k: Tensor, lse: Tensor, *, scale: float) -> Tensor:
+    """exp(score - lse) of every key, [T, H, S] float32; lse: [T, H], natural log of the whole."""
+    per_group = q.shape[1] // k.shape[0]
+    scores = [q[:, h].float() @ k[h // per_group].float().T * scale for h in range(q.shape[1])]
+    return torch.exp(torch.stack(scores, dim=1) - lse.unsqueeze(-1))
+
+
 def attend_slots(
     q: Tensor, k: Tensor, v: Tensor, slots: Tensor, *, visible: Tensor | None, scale: float
 ) -> tuple[Part, Tensor]:

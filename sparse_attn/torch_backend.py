@@ -79,6 +79,12 @@ def attend_shared(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Par
     return _unfold(out, lse, q.shape[0]), unfold_rows(weights, q.shape[0])
 
 
+def key_mass(q: Tensor, k: Tensor, lse: Tensor, *, scale: float) -> Tensor:
+    """exp(score - lse) of every key, [T, H, S] float32; lse: [T, H], natural log of the whole."""
+    scores = unfold_rows(_scaled_product(fold_rows(q, k.shape[0]), k, scale), q.shape[0])
+    return scores.sub_(lse.unsqueeze(-1)).exp_()
+
+
 def attend_slots(
     q: Tensor, k: Tensor, v: Tensor, slots: Tensor, *, visible: Tensor | None, scale: float
 ) -> tuple[Part, Tensor]:

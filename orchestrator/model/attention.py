@@ -211,16 +211,16 @@ class QuestionAttention:
     def _attend_exact(self, full_layer: int, q: Tensor, steady: Part, past: int) -> Tensor:
         # Whole tensors: a slice between the heads' steady zones would be copied by bf16 products.
         k, v = self._context.resident.k[full_layer], self._context.resident.v[full_layer]
-        everything = slice(0, k.shape[1])
         if q.shape[0] == 1:
             last, shares = self._backend.attend_shared(q, k, v, scale=self._scale)
             merged = merge_parts([steady, last])
+            weight = torch.exp(last.lse[0] - merged.lse[0])
         else:
             part = self._backend.attend(q, k, v, scale=self._scale)
-            last, shares = self._backend.attend_shared(q[-1:], k, v, scale=self._scale)
             merged = merge_parts([steady, part])
-        weight = torch.exp(last.lse[-1] - merged.lse[-1])
-        self._recorder.add_evidence(full_layer, everything, shares[-1], weight)
+            shares = self._backend.key_mass(q[-1:], k, merged.lse[-1:], scale=self._scale)
+            weight = torch.ones_like(merged.lse[-1])
+        self._recorder.add_evidence(full_layer, slice(0, k.shape[1]), shares[0], weight)
         self._recorder.add_exact(q.shape[0], past + q.shape[0] + k.shape[1])
         return merged.out
 

@@ -72,6 +72,16 @@ def test_attend_shared(num_tokens: int) -> None:
     torch.testing.assert_close(shares, expected_shares, atol=1e-5, rtol=0)
 
 
+def test_key_mass_is_each_key_of_the_whole() -> None:
+    q, k, v = random_qkv(3, 33)
+    whole = reference.attend(q, k, v, scale=SCALE)
+    ours = torch_backend.key_mass(q, k[:, :20], whole.lse, scale=SCALE)
+    expected = reference.key_mass(q, k[:, :20], whole.lse, scale=SCALE)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+    rest = torch_backend.key_mass(q, k[:, 20:], whole.lse, scale=SCALE)
+    torch.testing.assert_close(ours.sum(dim=-1) + rest.sum(dim=-1), torch.ones(3, 6))
+
+
 @pytest.mark.parametrize("is_masked", [False, True])
 def test_attend_slots_with_padding_and_an_empty_head(is_masked: bool) -> None:
     q, k, v = random_qkv(3, 40)
