@@ -1,7 +1,7 @@
 """Reads a document once: prefill chunk by chunk, cluster, seal segment by segment.
 
-The other meeting place (DESIGN section 3): keys from the decoder -> slot order and clusters from
-`sparse_attn` -> files of `kv_store`. Owns the loop and its counters; knows no questions.
+Owns the loop, its counters and what a document's manifest says; `prefill.py` computes, `kv_store`
+writes. Knows no questions.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from kv_store import DocumentParams, DocumentWriter, Layout, ResidentDocument, Store
+from kv_store import DocumentParams, DocumentWriter, Store
 from orchestrator.errors import ContextTooLong, UsageError
-from orchestrator.model.decoder import Decoder
 from orchestrator.model.load import LoadedModel
-from orchestrator.prefill import PrefillAttention
+from orchestrator.prefill import Prefill
 from sparse_attn.api import Backend
-from sparse_attn.select.centroid_build import CentroidParams, build
+from sparse_attn.select.centroid_build import CentroidParams
 
 NUM_SINKS = 4
 MAX_CHUNK_TOKENS = 1024
@@ -157,76 +156,6 @@ def document_params(
     )
 
 
-class Prefill:
-    """Prefill of one document into memory, segment by segment; knows no files.
-
-    Computes chunks, turns a full segment into the tensors that are stored, and attends to the
-    stored form from then on.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        backend: Backend,
-        layout: Layout,
-        *,
-        clusters: CentroidParams | None,
-    ) -> None:
-        self.layout = layout
-        self.resident = ResidentDocument.for_layout(
-            layout, dtype=decoder.dtype, device=decoder.device
-        )
-        self._decoder, self._clusters = decoder, clusters
-        self._attention = PrefillAttention(
-            self.resident,
-            backend,
-            scale=decoder.cfg.attention_scale,
-            windows=decoder.cfg.windows,
-            segment_tokens=layout.segment_tokens,
-            head_dim=decoder.cfg.head_dim,
-        )
-
-    def forward(self, ids: Tensor, start: int) -> Tensor:
-        """Hidden states [T, E] of a chunk that begins at document token `start`.
-
-        A chunk never crosses a segment; chunks come in order.
-        """
-        positions = torch.arange(start, start + len(ids), device=ids.device)
-        with torch.inference_mode():
-            hidden = self._decoder.forward(ids, positions, self._attention)
-        self._attention.advance(len(ids))
-        return hidden
-
-    def build(self, segment_idx: int) -> list[dict[str, Tensor]]:
-        """The named tensors of each KV head's file of the open segment, which is full."""
-        with torch.inference_mode():
-            tensors = self._build(segment_idx)
-        return [
-            {name: tensor[:, head].contiguous() for name, tensor in tensors.items()}
-            for head in range(self.layout.num_kv_heads)
-        ]
-
-    def append(self, heads: list[dict[str, Tensor]]) -> None:
-        """Take a sealed segment's stored form; the open segment starts anew."""
-        self.resident.append(heads)
-        self._attention.restart()
-
-    def _build(self, segment_idx: int) -> dict[str, Tensor]:
-        attention, layout = self._attention, self.layout
-        start, stop = layout.segment_span(segment_idx)
-        stored = getattr(torch, layout.kv_dtype)
-        k, v = (x[:, :, : stop - start].to(stored) for x in (attention.open_k, attention.open_v))
-        full, sliding = attention.full_layers, attention.sliding_layers
-        clustered = layout.clustered_span(segment_idx)
-        tensors = order_segment(k[full], v[full], clustered, self._clusters)
-        tensors["positions"] += start
-        if sliding:
-            kept = stop - start - layout.sliding_tokens(segment_idx)
-            tensors["sliding_k"] = k[sliding][:, :, kept:]
-            tensors["sliding_v"] = v[sliding][:, :, kept:]
-        return tensors
-
-
 class _Run:
     """One ingest in progress: a prefill, the writer of its files, counters."""
 
@@ -260,7 +189,7 @@ class _Run:
 
     def _compute(self, start: int, stop: int) -> None:
         began = time.perf_counter()
-        self._prefill.forward(self._ids[start:stop], start)
+        self._prefill.fill(self._ids[start:stop], start)
         self.computed_tokens += stop - start
         self.prefill_s += time.perf_counter() - began
 
@@ -272,28 +201,6 @@ class _Run:
         self._prefill.append(heads)
         self.cluster_s += built - began
         self.write_s += time.perf_counter() - built
-
-
-def order_segment(
-    k: Tensor, v: Tensor, clustered: tuple[int, int], params: CentroidParams | None
-) -> dict[str, Tensor]:
-    """Slot order and clusters of k, v [L, G, S, D] of one segment, all tensors [L, G, ...]."""
-    num_layers, num_kv_heads, num_tokens, head_dim = k.shape
-    if params is None or num_layers == 0:
-        positions = torch.arange(num_tokens, device=k.device, dtype=torch.int32)
-        return {"k": k, "v": v, "positions": positions.expand(num_layers, num_kv_heads, -1).clone()}
-    first, last = clustered
-    built = build(
-        k.reshape(-1, num_tokens, head_dim),
-        v.reshape(-1, num_tokens, head_dim),
-        num_sinks=first,
-        num_window=num_tokens - last,
-        params=params,
-    )
-    tensors = {name: x.view(num_layers, num_kv_heads, *x.shape[1:]) for name, x in built.items()}
-    order = tensors.pop("order")
-    index = order.unsqueeze(-1).expand(-1, -1, -1, head_dim)
-    return {"k": k.gather(2, index), "v": v.gather(2, index), "positions": order.int(), **tensors}
 
 
 def _check_context(model: LoadedModel, num_tokens: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.harness import note, print_row
 from kv_store import Layout
-from orchestrator.ingest import NUM_SINKS, Prefill
+from orchestrator.ingest import NUM_SINKS
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.decoder import Decoder
 from orchestrator.model.gguf_file import open_gguf
@@ -28,6 +28,7 @@ from orchestrator.model.gguf_weights import load_gguf_weights, read_gguf_config
 from orchestrator.model.hf_weights import load_hf_weights, read_hf_config
 from orchestrator.model.load import load_model
 from orchestrator.model.registry import DEFAULT_MODEL, find_model
+from orchestrator.prefill import Prefill
 from sparse_attn.api import find_backend
 from sparse_attn.select.centroid_build import CentroidParams
 

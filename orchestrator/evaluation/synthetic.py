@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kv_store import Layout, ResidentDocument
-from orchestrator.ingest import NUM_SINKS, order_segment
+from orchestrator.ingest import NUM_SINKS
 from orchestrator.model.attention import DocumentContext
 from orchestrator.model.config import ModelConfig
+from orchestrator.prefill import order_segment
 from sparse_attn.select.centroid_build import CentroidParams
 
 KEYS_PER_CENTRE = 24

@@ -28,6 +28,9 @@ q and k are rotated; the caller multiplies scores by `ModelConfig.attention_scal
 position and honours `ModelConfig.windows[layer_idx]`. `out` may be float32 whatever q is.
 """
 
+Store = Callable[[int, Tensor, Tensor], None]
+"""`store(layer_idx, k [T, G, D], v [T, G, D])`: keep keys and values, attend to nothing."""
+
 
 class Decoder:
     """A model ready to compute; holds weights and rotary frequencies, and nothing of any call."""
@@ -58,25 +61,43 @@ class Decoder:
 
         `positions` are document token indices; they need be neither contiguous nor ordered.
         """
-        cfg = self.cfg
-        turns = {
-            rope: rotation(freq, positions, factor=rope.attention_factor, dtype=self.dtype)
-            for rope, freq in self._ropes.items()
-        }
-        x = embedding(ids, self.weights.embedding)
-        if cfg.embedding_scale != 1.0:
-            x = x * self._embedding_scale
+        x, turns = self._embed(ids), self._turns(positions)
         for layer_idx, layer in enumerate(self.weights.layers):
-            sliding = cfg.windows[layer_idx] is not None
-            turn = turns[cfg.rope_sliding if sliding else cfg.rope]
-            x = self._layer(x, layer_idx, layer, turn, attend)
-        return rms_norm(x, self.weights.final_norm, cfg.norm_eps)
+            x = self._layer(x, layer_idx, layer, turns[layer_idx], attend)
+        return rms_norm(x, self.weights.final_norm, self.cfg.norm_eps)
+
+    def fill(self, ids: Tensor, positions: Tensor, attend: Attend, store: Store) -> None:
+        """Run `ids` [T] for the keys and values of every layer alone.
+
+        The last layer calls `store` instead of `attend`: its attention and MLP feed nothing.
+        """
+        x, turns = self._embed(ids), self._turns(positions)
+        *before, last = enumerate(self.weights.layers)
+        for layer_idx, layer in before:
+            x = self._layer(x, layer_idx, layer, turns[layer_idx], attend)
+        layer_idx, layer = last
+        normed = rms_norm(x, layer.attn_norm, self.cfg.norm_eps)
+        _, k, v = self._qkv(normed, layer, turns[layer_idx])
+        store(layer_idx, k, v)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [T, V] float32 for `hidden` [T, E]; pass only the rows that are needed."""
         logits = linear(hidden, self.weights.lm_head).float()
         cap = self.cfg.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        x = embedding(ids, self.weights.embedding)
+        return x if self.cfg.embedding_scale == 1.0 else x * self._embedding_scale
+
+    def _turns(self, positions: Tensor) -> list[Rotation]:
+        """The rotation of each layer; layers of one kind share it."""
+        cfg = self.cfg
+        turns = {
+            rope: rotation(freq, positions, factor=rope.attention_factor, dtype=self.dtype)
+            for rope, freq in self._ropes.items()
+        }
+        return [turns[cfg.rope if w is None else cfg.rope_sliding] for w in cfg.windows]
 
     def _layer(
         self, x: Tensor, layer_idx: int, layer: LayerWeights, turn: Rotation, attend: Attend
