@@ -9,6 +9,7 @@ type; CUDA: half types); elsewhere they are computed for `_ROWS_AT_ONCE` rows at
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
         scores = _scaled_product(rows[:, piece], k, scale)
         if mask is not None:
             scores.masked_fill_(~mask[piece], LOWEST)
-        pieces.append(_softmax_product(scores, v)[:2])
+        pieces.append(_softmax_product(scores, v, may_hide=mask is not None)[:2])
     out, lse = (torch.cat(column, dim=1) for column in zip(*pieces, strict=True))
     return _unfold(out, lse, num_tokens)
 
@@ -75,7 +76,7 @@ def attend_shared(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Par
     For few queries: the shares are a whole matrix.
     """
     scores = _scaled_product(fold_rows(q, k.shape[0]), k, scale)
-    out, lse, weights = _softmax_product(scores, v)
+    out, lse, weights = _softmax_product(scores, v, may_hide=False)
     return _unfold(out, lse, q.shape[0]), unfold_rows(weights, q.shape[0])
 
 
@@ -102,7 +103,7 @@ def attend_slots(
         hidden = ~visible | hidden
     per_query = scores.view(scores.shape[0], -1, num_tokens, scores.shape[2])
     per_query += hidden.unsqueeze(1) * LOWEST  # far cheaper than a masked fill
-    out, lse, weights = _softmax_product(scores, values)
+    out, lse, weights = _softmax_product(scores, values, may_hide=True)
     weights.masked_fill_((lse == -math.inf).unsqueeze(-1), 0.0)
     return _unfold(out, lse, num_tokens), unfold_rows(weights, num_tokens)
 
@@ -127,15 +128,23 @@ def gather_slots(x: Tensor, slots: Tensor) -> Tensor:
         return gather_slots(x.view(torch.int32), slots).view(x.dtype)
     rows_per_head = x.stride(0) // head_dim
     flat = slots.clamp(min=0)
-    flat += torch.arange(0, num_kv_heads * rows_per_head, rows_per_head).unsqueeze(1).to(x.device)
+    flat += _first_rows(num_kv_heads, rows_per_head, x.device)
     num_rows = rows_per_head * (num_kv_heads - 1) + num_slots
     table = torch.as_strided(x, (num_rows, head_dim), (head_dim, 1))
     return table.index_select(0, flat.view(-1)).view(num_kv_heads, -1, head_dim)
 
 
+@lru_cache(maxsize=64)
+def _first_rows(num_kv_heads: int, rows_per_head: int, device: torch.device) -> Tensor:
+    """Row of each KV head's first slot, [G, 1]."""
+    return torch.arange(num_kv_heads, device=device).mul_(rows_per_head).unsqueeze(1)
+
+
 def unfold_rows(rows: Tensor, num_tokens: int) -> Tensor:
     """[G, (H/G)*T, X] -> [T, H, X]."""
     num_kv_heads, num_rows, width = rows.shape
+    if num_tokens == 1:  # a decode step: one view instead of three
+        return rows.view(1, num_kv_heads * num_rows, width)
     return (
         rows.view(num_kv_heads, num_rows // num_tokens, num_tokens, width)
         .permute(2, 0, 1, 3)
@@ -147,6 +156,8 @@ def fold_rows(q: Tensor, num_kv_heads: int) -> Tensor:
     """[T, H, X] -> [G, (H/G)*T, X]: every query row that reads one KV head, together."""
     num_tokens, num_heads, width = q.shape
     per_group = num_heads // num_kv_heads
+    if num_tokens == 1:
+        return q.reshape(num_kv_heads, per_group, width)
     return (
         q.view(num_tokens, num_kv_heads, per_group, width)
         .permute(1, 2, 0, 3)
@@ -155,10 +166,10 @@ def fold_rows(q: Tensor, num_kv_heads: int) -> Tensor:
 
 
 def _unfold(out: Tensor, lse: Tensor, num_tokens: int) -> Part:
-    return Part(
-        unfold_rows(out.float(), num_tokens),
-        unfold_rows(lse.float().unsqueeze(-1), num_tokens).squeeze(-1),
-    )
+    if num_tokens == 1:
+        return Part(unfold_rows(out.float(), 1), lse.float().view(1, -1))
+    lse = unfold_rows(lse.float().unsqueeze(-1), num_tokens).squeeze(-1)
+    return Part(unfold_rows(out.float(), num_tokens), lse)
 
 
 def log_sum_exp(scores: Tensor) -> Tensor:
@@ -169,24 +180,31 @@ def log_sum_exp(scores: Tensor) -> Tensor:
     return _softmax(scores.clamp(min=LOWEST))[1]
 
 
-def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(scores: Tensor, *, may_hide: bool = True) -> tuple[Tensor, Tensor]:
     """Softmax of each row and its log-sum-exp; a row of nothing but LOWEST gives -inf.
 
-    The weights of such a row mean nothing. Scores must be finite: LOWEST hides a key. The
-    greatest weight is exp(0) / total, so its logarithm gives the total without another pass.
+    The weights of such a row mean nothing. Scores must be finite: LOWEST hides a key, and where
+    no key is hidden that case is not looked for. The greatest weight is exp(0) / total, so its
+    logarithm gives the total without another pass.
     """
     if scores.shape[-1] == 0:
         return scores, scores.new_full(scores.shape[:-1], -math.inf)
     weights = torch.softmax(scores, dim=-1)
     lse = scores.amax(dim=-1) - weights.amax(dim=-1).log()
-    return weights, lse.masked_fill_(lse < 0.5 * LOWEST, -math.inf)
+    if may_hide:
+        lse.masked_fill_(lse < 0.5 * LOWEST, -math.inf)
+    return weights, lse
 
 
-def _softmax_product(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax_product(
+    scores: Tensor, values: Tensor, *, may_hide: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean of the values, log-sum-exp, and the weights; 0 for a row without a score."""
-    weights, lse = _softmax(scores)
+    weights, lse = _softmax(scores, may_hide=may_hide)
     out = torch.bmm(weights.to(values.dtype), values)
-    return out.masked_fill_((lse == -math.inf).unsqueeze(-1), 0.0), lse, weights
+    if may_hide:
+        out.masked_fill_((lse == -math.inf).unsqueeze(-1), 0.0)
+    return out, lse, weights
 
 
 def _scaled_product(rows: Tensor, keys: Tensor, scale: float) -> Tensor:

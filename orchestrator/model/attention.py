@@ -149,18 +149,22 @@ class QuestionAttention:
         full_layer = self._places[layer_idx]
         if self._plan.mode == "exact":
             return self._attend_exact(full_layer, q, steady, past).to(q.dtype)
-        tile = self._plan.tile_tokens
-        outs = [
-            self._attend_selected(
-                full_layer,
-                q[start : start + tile],
-                Part(steady.out[start : start + tile], steady.lse[start : start + tile]),
-                past + min(start + tile, q.shape[0]),
-                is_last=start + tile >= q.shape[0],
+        return self._attend_tiles(full_layer, q, steady, past).to(q.dtype)
+
+    def _attend_tiles(self, full_layer: int, q: Tensor, steady: Part, past: int) -> Tensor:
+        """Question tokens read together, `tile_tokens` at a time."""
+        num_tokens, tile = q.shape[0], self._plan.tile_tokens
+        if num_tokens <= tile:
+            return self._attend_selected(full_layer, q, steady, past + num_tokens, is_last=True)
+        outs = []
+        for start in range(0, num_tokens, tile):
+            stop = min(start + tile, num_tokens)
+            own = Part(steady.out[start:stop], steady.lse[start:stop])
+            is_last = stop == num_tokens
+            outs.append(
+                self._attend_selected(full_layer, q[start:stop], own, past + stop, is_last=is_last)
             )
-            for start in range(0, q.shape[0], tile)
-        ]
-        return (outs[0] if len(outs) == 1 else torch.cat(outs)).to(q.dtype)
+        return torch.cat(outs)
 
     def _make_tail(self, layer_idx: int, capacity_tokens: int) -> tuple[Tensor, Tensor, int]:
         """Buffers [G, kept + capacity, D] that begin with the document keys this layer always
