@@ -17,7 +17,7 @@ from orchestrator.types import MODES, AskOptions, SelectionReport
 DEFAULT_BUDGET_SHARE = 0.125
 # Below this many document keys `auto` reads them all: measured with `longspan bench amortised`, a
 # decode step of `centroid` is not faster than `exact` there (docs/log.md).
-EXACT_BELOW_KEYS = 2048
+EXACT_BELOW_KEYS = 8192
 # Above this many clusters per KV head the look-up goes through groups first.
 TWO_LEVEL_ABOVE_CLUSTERS = 4096
 
@@ -171,18 +171,12 @@ def _choose_mode(
         return options.mode, "asked for"
     if budget_keys is not None and budget_keys >= num_tokens:
         return "exact", f"the budget covers all {num_tokens} keys"
+    if budget_keys is not None:
+        return "centroid", f"a budget of {budget_keys} of {num_tokens} keys needs a selection"
     if num_tokens < EXACT_BELOW_KEYS:
-        return (
-            "exact",
-            f"{num_tokens} keys are fewer than {EXACT_BELOW_KEYS}: reading all is as fast",
-        )
-    limit = (
-        f"mass {mass}"
-        if mass is not None
-        else f"budget {budget_keys}"
-        if budget_keys
-        else "default budget"
-    )
+        reason = f"{num_tokens} keys are fewer than {EXACT_BELOW_KEYS}: reading all is as fast"
+        return "exact", reason
+    limit = "the default budget" if mass is None else f"mass {mass}"
     return "centroid", f"{num_tokens} keys are at least {EXACT_BELOW_KEYS}: selection by {limit}"
 
 
