@@ -20,14 +20,14 @@ from sparse_attn.select.centroid import (
     select,
     select_nothing,
 )
-from sparse_attn.state import merge_parts
+from sparse_attn.state import Part, merge_parts
 from sparse_attn.torch_backend import attend, attend_estimated, attend_slots
 from tests.sparse_attn.inputs import SCALE, clustered_layer, random_qkv
 
 NUM_KEYS, NUM_SINKS, NUM_WINDOW = 150, 4, 8
 
 
-def steady_part(q: Tensor, k: Tensor, v: Tensor):  # type: ignore[no-untyped-def]
+def steady_part(q: Tensor, k: Tensor, v: Tensor) -> Part:
     keys, values = (
         torch.cat([x[:, :NUM_SINKS], x[:, NUM_KEYS - NUM_WINDOW :]], dim=1) for x in (k, v)
     )

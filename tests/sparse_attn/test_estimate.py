@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from sparse_attn.estimate import bound_missed_share, sample_recall
-from sparse_attn.select.base import Limit
+from sparse_attn.select.base import Limit, Tail
 from sparse_attn.select.centroid import select
 from sparse_attn.torch_backend import attend
 from tests.sparse_attn.inputs import SCALE, clustered_layer, random_qkv
@@ -16,7 +17,9 @@ from tests.sparse_attn.inputs import SCALE, clustered_layer, random_qkv
 NUM_KEYS = 400
 
 
-def setup(seed: int, keys: int, spread: float, levels: int = 1):  # type: ignore[no-untyped-def]
+def setup(
+    seed: int, keys: int, spread: float, levels: int = 1
+) -> tuple[Tensor, Tensor, Tail, Tensor, Tensor]:
     """q, k, tail, lse of what was read, and true recall [T, H], on a clustered layer."""
     k, v, index, _ = clustered_layer(NUM_KEYS, seed=seed)
     q, _, _ = random_qkv(2, 1, seed=seed + 1, spread=spread)
