@@ -21,7 +21,7 @@ class ClusterTables:
     """The clusters of one layer. Size or count 0 marks padding, which may stand between segments.
 
     Per cluster: `starts` (slot of the document) and `sizes` [G, C] int64; `centroids`,
-    `value_sums`, `variances` [G, C, D] and `radii` [G, C] float32. Per group: `group_starts`
+    `value_sums`, `variances` [G, C, D] float16 and `radii` [G, C] float32. Per group: `group_starts`
     (column of its first cluster), `group_counts` (clusters) and `group_sizes` (keys) [G, P] int64,
     the others likewise. Columns are in segment order; the slots of a group are contiguous.
     """
@@ -77,7 +77,7 @@ class TableBuilder:
             shape = (num_layers, num_kv_heads, cluster if letter == "C" else group)
             self._tables[name] = zeros_host(
                 (*shape, head_dim) if has_dim else shape,
-                torch.float32 if dtype == "float32" else torch.int64,
+                torch.int64 if dtype == "int32" else getattr(torch, dtype),
             )
 
     def place(self, name: str, segment_idx: int, kv_head_idx: int, width: int) -> Tensor:

@@ -28,6 +28,7 @@ CHUNK_BYTES = 1 << 20
 
 _CODES = {
     "float32": "F32",
+    "float16": "F16",
     "bfloat16": "BF16",
     "int32": "I32",
 }

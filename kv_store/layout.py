@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int32": 4}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
 KV_DTYPES = ("float32", "bfloat16")
 
 # Cluster tensors of a segment file: all of them, or none (a document without clusters).
@@ -18,16 +18,16 @@ CLUSTER_TENSORS: dict[str, tuple[str, str, bool]] = {
     # name: (dtype, "C" or "P", has a trailing D)
     "cluster_starts": ("int32", "C", False),
     "cluster_sizes": ("int32", "C", False),
-    "centroids": ("float32", "C", True),
-    "value_sums": ("float32", "C", True),
-    "variances": ("float32", "C", True),
+    "centroids": ("float16", "C", True),
+    "value_sums": ("float16", "C", True),
+    "variances": ("float16", "C", True),
     "radii": ("float32", "C", False),
     "group_starts": ("int32", "P", False),
     "group_counts": ("int32", "P", False),
     "group_sizes": ("int32", "P", False),
-    "group_centroids": ("float32", "P", True),
-    "group_value_sums": ("float32", "P", True),
-    "group_variances": ("float32", "P", True),
+    "group_centroids": ("float16", "P", True),
+    "group_value_sums": ("float16", "P", True),
+    "group_variances": ("float16", "P", True),
     "group_radii": ("float32", "P", False),
 }
 

@@ -17,8 +17,8 @@ from kv_store.disk import TensorFile, byte_rows, torch_dtype
 from kv_store.document import Document
 from kv_store.layout import CLUSTER_TENSORS
 
-_FLOAT_TABLES = [name for name, (dtype, _, _) in CLUSTER_TENSORS.items() if dtype == "float32"]
-_INT_TABLES = [name for name in CLUSTER_TENSORS if name not in _FLOAT_TABLES]
+_INT_TABLES = [name for name, (dtype, _, _) in CLUSTER_TENSORS.items() if dtype == "int32"]
+_FLOAT_TABLES = [name for name in CLUSTER_TENSORS if name not in _INT_TABLES]
 
 
 def load_resident(

@@ -18,7 +18,7 @@ from kv_store.errors import DocumentDamaged, FormatUnsupported
 from kv_store.layout import Layout
 
 FORMAT = "longspan-document"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 PARTIAL_FILE = "partial.json"
 TEXT_FILE = "text.txt"

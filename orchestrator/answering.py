@@ -88,9 +88,10 @@ class Session:
         plan = attention_plan(
             self.decision,
             question.options,
-            num_pairs=len(self.question_ids) * len(model.cfg.full_layers),
+            num_queries=len(self.question_ids),
+            num_layers=len(model.cfg.full_layers),
         )
-        self.recorder = Recorder(context.resident)
+        self.recorder = Recorder(context.resident, recall_period=plan.recall_period)
         self._attention = QuestionAttention(
             context,
             plan,
@@ -126,16 +127,19 @@ class Session:
             )
 
 
-def attention_plan(decision: Decision, options: AskOptions, *, num_pairs: int) -> AttentionPlan:
-    """The attention plan of a resolved selection; num_pairs: (query, layer) of the question."""
-    limit = None
-    if decision.mode == "centroid":
-        limit = Limit(keys=decision.retrieved_keys, mass=decision.mass)
+def attention_plan(
+    decision: Decision, options: AskOptions, *, num_queries: int, num_layers: int
+) -> AttentionPlan:
+    """The attention plan of a resolved selection, for a question of num_queries tokens."""
+    # The question alone fills a stratum of every layer, and gives enough samples.
+    fullest = min(num_queries // 2, num_queries * num_layers // MIN_SAMPLED_PAIRS)
     return AttentionPlan(
         mode=decision.mode,
-        limit=limit,
+        limit=Limit(keys=decision.retrieved_keys or 0)
+        if decision.mass is None
+        else Limit(mass=decision.mass),
         levels=decision.levels,
-        recall_period=min(RECALL_PERIOD, max(1, num_pairs // MIN_SAMPLED_PAIRS)),
+        recall_period=max(1, min(RECALL_PERIOD, fullest)),
         seed=options.sampling.seed,
         audit=options.audit,
     )

@@ -38,13 +38,17 @@ def resolve(
     store: str | Path | None = None,
     device: str = "cpu",
     dtype: str | None = None,
-    backend: str = "torch",
+    backend: str | None = None,
     threads: int | None = None,
     mesh: str = "auto",
     deterministic: bool = True,
 ) -> EngineConfig:
     """Explicit values for the common options. Raises UsageError for a value that does not exist."""
     _check_choice("device", device, DEVICES)
+    if device != "cpu" and backend == "native":
+        raise UsageError(
+            f"backend 'native' computes on the CPU, not on device {device!r}; use --backend torch"
+        )
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     _check_choice("dtype", dtype, DTYPES)
     if mesh not in ("auto", "1x1"):
@@ -60,7 +64,7 @@ def resolve(
         store=Path(store) if store is not None else default_store(),
         device=device,
         dtype=dtype,
-        backend=backend,
+        backend=backend or ("native" if device == "cpu" else "torch"),
         threads=threads or _cores(),
         mesh="1x1",
         is_deterministic=deterministic,

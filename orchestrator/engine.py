@@ -59,7 +59,10 @@ class Engine:
         torch.set_num_threads(config.threads)
         started = time.perf_counter()
         loaded = load_model(
-            config.model, dtype=getattr(torch, config.dtype), device=torch.device(config.device)
+            config.model,
+            dtype=getattr(torch, config.dtype),
+            device=torch.device(config.device),
+            linear=backend.linear,
         )
         return cls(config, loaded, backend, load_s=time.perf_counter() - started)
 

@@ -1,11 +1,9 @@
-"""From the recall of some (query, layer) pairs to the mean over all of them, with an interval.
+"""From the recall of some queries of each layer to the mean over all, with an interval.
 
-Owns which pairs are sampled and the statistics of their mean; pure numpy, knows no attention.
-Of each round of a few queries every layer samples one, at random but spread evenly, so that each
-query and each layer contributes alike. The mean over all pairs is
-predicted by an additive model, layer effect + query effect (model-based prediction, Royall 1970;
-Valliant, Dorfman and Royall 2000, chapter 2): layers differ far more than anything else, and the
-interval must not charge for that. `docs/maths.md`, section 4.
+Owns which queries are sampled and the statistics of their mean; pure numpy, knows no attention. The
+sample is stratified (Cochran 1977, chapter 5): layers differ far more than anything else, and the
+recall of a layer drifts from query to query, so each run of a few queries of each layer is a stratum
+of its own, from which two are drawn. `docs/maths.md`, section 4.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 _Z95 = 1.959964
 
@@ -34,68 +31,65 @@ class Estimate(NamedTuple):
         return max(0.0, self.mean - half), min(1.0, self.mean + half)
 
 
-class PairSample:
-    """Chooses pairs: of each round of `period` queries, every layer samples one.
+class QuerySample:
+    """Chooses queries: two of each 2 * period consecutive ones, anew for each layer and run."""
 
-    Which one is drawn anew for each round, evenly over the layers: a query is sampled in as many
-    layers as any other, and queries and layers meet in ever new combinations.
-    """
-
-    def __init__(self, *, num_layers: int, period: int, seed: int) -> None:
-        self._num_layers, self._period, self._seed = num_layers, period, seed
-        self._rounds: dict[int, list[int]] = {}
+    def __init__(self, *, period: int, seed: int) -> None:
+        self._period, self._seed = period, seed
+        self._draws: dict[tuple[int, int], list[int]] = {}
 
     def chosen(self, layer: int, first_query: int, num_queries: int) -> list[int]:
         """Which of num_queries queries, counted from first_query, are sampled in a layer."""
-        stop = first_query + num_queries
-        rounds = range(first_query // self._period, -(-stop // self._period))
-        sampled = (number * self._period + self._offsets(number)[layer] for number in rounds)
+        width, stop = 2 * self._period, first_query + num_queries
+        sampled: list[int] = []
+        for run in range(first_query // width, -(-stop // width)):
+            sampled += self._draw(layer, run)
         return [query - first_query for query in sampled if first_query <= query < stop]
 
-    def _offsets(self, number: int) -> list[int]:
-        if number not in self._rounds:
-            offsets = [layer % self._period for layer in range(self._num_layers)]
-            random.Random(f"{self._seed}/{number}").shuffle(offsets)
-            self._rounds[number] = offsets
-        return self._rounds[number]
+    def _draw(self, layer: int, run: int) -> list[int]:
+        if (layer, run) not in self._draws:
+            width = 2 * self._period
+            draw = random.Random(f"{self._seed}/{layer}/{run}").sample(range(width), 2)
+            self._draws[layer, run] = sorted(run * width + offset for offset in draw)
+        return self._draws[layer, run]
 
 
-def predict_mean(
+def estimate_mean(
     values: Sequence[float],
     layers: Sequence[int],
     queries: Sequence[int],
     *,
-    num_layers: int,
     num_queries: int,
+    period: int,
 ) -> Estimate:
-    """Mean over all num_layers * num_queries pairs, from the values of the sampled ones.
+    """Mean over all queries of the layers, from the values of the sampled ones.
 
-    values, layers, queries: one entry a sampled pair, at least one. With too few pairs to fit both
-    effects the sample mean stands, with the spread of the sample as its error.
+    values, layers, queries: one entry a sample, at least one of each layer. A layer's last run may
+    be cut short: with one sample its spread is taken to be that of the others, with none it counts
+    with the run before it. No finite-population correction is made: a value is itself an estimate,
+    and its own error does not shrink with the share of queries that were sampled.
     """
-    y = np.asarray(values, dtype=np.float64)
-    sampled = _design(layers, queries, num_layers, num_queries)
-    num_pairs = num_layers * num_queries
-    coefficients, _, rank, _ = np.linalg.lstsq(sampled, y, rcond=None)
-    freedom = len(y) - int(rank)
-    if freedom < 2 or len(set(layers)) < num_layers:
-        return Estimate(float(y.mean()), float(y.std()) / math.sqrt(len(y)))
-    residual_variance = float(np.square(y - sampled @ coefficients).sum()) / freedom
-    totals = np.concatenate([np.full(num_layers, num_queries), np.full(num_queries, num_layers)])
-    unsampled = totals - sampled.sum(axis=0)
-    mean = (float(y.sum()) + float(unsampled @ coefficients)) / num_pairs
-    gram = sampled.T @ sampled  # one dimension short: layer and query effects share a constant
-    spread = float(unsampled @ np.linalg.pinv(gram, rcond=1e-9, hermitian=True) @ unsampled)
-    variance = residual_variance * (spread + num_pairs - len(y)) / num_pairs**2
-    return Estimate(min(max(mean, 0.0), 1.0), math.sqrt(variance))
+    samples: dict[int, dict[int, list[float]]] = {}
+    for value, layer, query in zip(values, layers, queries, strict=True):
+        samples.setdefault(layer, {}).setdefault(query // (2 * period), []).append(value)
+    pairs = [each for runs in samples.values() for each in runs.values() if len(each) > 1]
+    usual = float(np.mean([np.var(each, ddof=1) for each in pairs])) if pairs else 0.25
+    total = variance = 0.0
+    for runs in samples.values():
+        for run, each in runs.items():
+            size = _run_size(run, runs, num_queries, 2 * period)
+            spread = float(np.var(each, ddof=1)) if len(each) > 1 else usual
+            total += size * float(np.mean(each))
+            variance += size**2 * spread / len(each)
+    num_pairs = num_queries * len(samples)
+    return Estimate(min(max(total / num_pairs, 0.0), 1.0), math.sqrt(variance) / num_pairs)
 
 
-def _design(
-    layers: Sequence[int], queries: Sequence[int], num_layers: int, num_queries: int
-) -> NDArray[np.float64]:
-    """[pairs, layers + queries]: 1 in the column of the pair's layer and of its query."""
-    design = np.zeros((len(layers), num_layers + num_queries))
-    rows = np.arange(len(layers))
-    design[rows, np.asarray(layers)] = 1.0
-    design[rows, num_layers + np.asarray(queries)] = 1.0
-    return design
+def _run_size(run: int, sampled: dict[int, list[float]], num_queries: int, width: int) -> int:
+    """Queries that a sampled run stands for: its own, and those of the runs without a sample that
+    follow it (the first sampled run stands for those before it too).
+    """
+    first = run * width if run != min(sampled) else 0
+    later = [other for other in sampled if other > run]
+    stop = min(later) * width if later else num_queries
+    return stop - first

@@ -17,9 +17,9 @@ from sparse_attn.select.base import Tail
 from sparse_attn.torch_backend import fold_rows, log_sum_exp, unfold_rows
 
 # Share of the draws that ignores the estimated masses: no unread key is ever out of reach.
-_UNIFORM_SHARE = 0.2
+UNIFORM_SHARE = 0.2
 # Largest log ratio of one sampled key to everything that was read; beyond it float32 overflows.
-_MAX_LOG_RATIO = 60.0
+MAX_LOG_RATIO = 60.0
 
 
 def sample_recall(
@@ -45,7 +45,7 @@ def sample_recall(
     slots, weights = _draw(probabilities, tail, num_strata, generator)
     scores = _scores_at(fold_rows(q, num_kv_heads), k, slots).mul_(scale)
     log_read = fold_rows(lse_read.unsqueeze(-1), num_kv_heads)
-    ratio = weights * torch.exp((scores - log_read).clamp_(max=_MAX_LOG_RATIO))
+    ratio = weights * torch.exp((scores - log_read).clamp_(max=MAX_LOG_RATIO))
     recall = _recall_of(ratio.view(*ratio.shape[:2], num_strata, 2))
     return unfold_rows(torch.where(has_unread, recall, 1.0).unsqueeze(-1), q.shape[0]).squeeze(-1)
 
@@ -84,7 +84,7 @@ def _draw_probabilities(log_mass: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor
     by_mass = torch.softmax(log_mass.masked_fill(~has_unread.unsqueeze(-1), 0.0), dim=-1)
     keys = sizes.unsqueeze(1) * is_unread
     by_size = keys / keys.sum(dim=-1, keepdim=True).clamp(min=1)
-    return torch.lerp(by_mass, by_size, _UNIFORM_SHARE), has_unread
+    return torch.lerp(by_mass, by_size, UNIFORM_SHARE), has_unread
 
 
 def _draw(

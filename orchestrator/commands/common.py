@@ -34,7 +34,7 @@ _ENGINE_OPTIONS = (
         "--dtype", type=click.Choice(DTYPES), help="Of weights [float32 on cpu, bfloat16 on cuda]."
     ),
     click.option(
-        "--backend", default="torch", show_default=True, help="Of attention: torch or reference."
+        "--backend", help="Of attention: native, torch or reference [native on cpu, torch on cuda]."
     ),
     click.option("--threads", type=int, help="CPU threads [all cores]."),
     click.option("--mesh", default="auto", show_default=True, help="HEADSxCONTEXT ranks."),

@@ -17,26 +17,27 @@ from torch import Tensor
 
 from kv_store import ResidentDocument
 from orchestrator.model.recorder import Recorder
-from orchestrator.recall import PairSample
+from orchestrator.recall import QuerySample
 from sparse_attn.api import Backend
-from sparse_attn.estimate import bound_missed_share, sample_recall
-from sparse_attn.select.base import Limit, Selection
-from sparse_attn.select.centroid import CentroidIndex, Units, select, select_nothing
+from sparse_attn.estimate import bound_missed_share
+from sparse_attn.select.base import Limit
+from sparse_attn.select.centroid import CentroidIndex, Units
 from sparse_attn.state import Part, merge_parts
+from sparse_attn.step import Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
     """Everything decided before the first forward: `auto` is already resolved.
 
-    mode: exact, window or centroid; limit: of retrieved keys (centroid only); levels: of the
-    look-up; tile_tokens: question tokens that read together; recall_period: one query in so many
-    has its recall sampled, from num_strata times two keys a head; audit: compare every query with
-    exact attention.
+    mode: exact, window or centroid; limit: of retrieved keys (0 in window); levels: of the look-up;
+    tile_tokens: question tokens that read together; recall_period: one query in so many has its
+    recall sampled, from num_strata times two keys a head; audit: compare every query with exact
+    attention.
     """
 
     mode: str
-    limit: Limit | None
+    limit: Limit
     levels: int
     tile_tokens: int = 64
     recall_period: int = 4
@@ -132,9 +133,7 @@ class QuestionAttention:
         self._context, self._plan, self._backend, self._recorder = context, plan, backend, recorder
         self._scale, self._windows = scale, windows
         self._generator = torch.Generator().manual_seed(plan.seed)
-        self._pairs = PairSample(
-            num_layers=len(context.resident.k), period=plan.recall_period, seed=plan.seed
-        )
+        self._queries = QuerySample(period=plan.recall_period, seed=plan.seed)
         self._places = _count_per_kind(windows)
         self._tails = [self._make_tail(layer, capacity_tokens) for layer in range(len(windows))]
         self._filled = [int(tail[2]) for tail in self._tails]
@@ -145,7 +144,7 @@ class QuestionAttention:
         window = self._windows[layer_idx]
         if window is not None:
             return self._attend_sliding(layer_idx, q, past, window).out.to(q.dtype)
-        steady = self._attend_steady(layer_idx, q, k, v, past)
+        steady = self._attend_steady(layer_idx, q, past)
         full_layer = self._places[layer_idx]
         if self._plan.mode == "exact":
             return self._attend_exact(full_layer, q, steady, past).to(q.dtype)
@@ -191,14 +190,9 @@ class QuestionAttention:
         self._filled[layer_idx] = stop
         return past
 
-    def _attend_steady(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, past: int) -> Part:
-        tail_k, tail_v, _ = self._tails[layer_idx]
-        if q.shape[0] == 1:
-            stop = past + 1
-            return self._backend.attend(q, tail_k[:, :stop], tail_v[:, :stop], scale=self._scale)
-        before = self._backend.attend(q, tail_k[:, :past], tail_v[:, :past], scale=self._scale)
-        k, v = k.transpose(0, 1).to(tail_k.dtype), v.transpose(0, 1).to(tail_v.dtype)
-        return merge_parts([before, self._backend.attend_causal(q, k, v, scale=self._scale)])
+    def _attend_steady(self, layer_idx: int, q: Tensor, past: int) -> Part:
+        k, v = (x[:, : past + q.shape[0]] for x in self._tails[layer_idx][:2])
+        return self._backend.attend_prefix(q, k, v, past=past, scale=self._scale)
 
     def _attend_sliding(self, layer_idx: int, q: Tensor, past: int, window: int) -> Part:
         tail_k, tail_v, _ = self._tails[layer_idx]
@@ -215,95 +209,63 @@ class QuestionAttention:
     def _attend_exact(self, full_layer: int, q: Tensor, steady: Part, past: int) -> Tensor:
         # Whole tensors: a slice between the heads' steady zones would be copied by bf16 products.
         k, v = self._context.resident.k[full_layer], self._context.resident.v[full_layer]
-        if q.shape[0] == 1:
-            last, shares = self._backend.attend_shared(q, k, v, scale=self._scale)
-            merged = merge_parts([steady, last])
-            weight = torch.exp(last.lse[0] - merged.lse[0])
-        else:
-            part = self._backend.attend(q, k, v, scale=self._scale)
-            merged = merge_parts([steady, part])
-            shares = self._backend.key_mass(q[-1:], k, merged.lse[-1:], scale=self._scale)
-            weight = torch.ones_like(merged.lse[-1])
-        self._recorder.add_evidence(full_layer, slice(0, k.shape[1]), shares[0], weight)
+        part = self._backend.attend_body(
+            q, k, v, steady, scale=self._scale, evidence=self._recorder.mass(full_layer)
+        )
         self._recorder.add_exact(q.shape[0], past + q.shape[0] + k.shape[1])
-        return merged.out
+        return part.out
 
     def _attend_selected(
         self, full_layer: int, q: Tensor, steady: Part, num_steady: int, *, is_last: bool
     ) -> Tensor:
         """One tile: select, read, estimate the rest, and tell the recorder what was missed."""
-        resident = self._context.resident
-        k, v = resident.k[full_layer], resident.v[full_layer]
-        selection, parts = self._select(full_layer, q, steady.lse), [steady]
-        if selection.slots.shape[1]:
-            part, shares = self._backend.attend_slots(
-                q, k, v, selection.slots, visible=selection.visible, scale=self._scale
-            )
-            parts.append(part)
-        read = merge_parts(parts)
-        if is_last and selection.slots.shape[1]:
-            weight = torch.exp(part.lse[-1] - read.lse[-1])
-            self._recorder.add_evidence(full_layer, selection.slots, shares[-1], weight)
-        first_query = num_steady - q.shape[0] - self._context.num_steady
-        num_sampled = self._sample_recall(full_layer, q, selection, read, first_query=first_query)
-        self._recorder.add_read(
-            full_layer, q.shape[0], num_steady, selection, num_sampled=num_sampled
-        )
-        if self._plan.audit:
-            self._audit(full_layer, q, selection, steady, read)
-        if self._plan.mode == "window":
-            return read.out
-        tail = selection.tail
-        estimated = self._backend.attend_estimated(tail.log_mass, tail.value_sums, tail.sizes)
-        return merge_parts([read, estimated]).out
-
-    def _select(self, full_layer: int, q: Tensor, lse_steady: Tensor) -> Selection:
-        index, plan = self._context.index(full_layer), self._plan
-        if plan.limit is None:
-            return select_nothing(index, q, scale=self._scale)
-        return select(
-            index,
+        resident, plan = self._context.resident, self._plan
+        step = self._backend.attend_selected(
             q,
+            resident.k[full_layer],
+            resident.v[full_layer],
+            self._context.index(full_layer),
+            steady,
             scale=self._scale,
-            lse_steady=lse_steady,
             limit=plan.limit,
             levels=plan.levels,
+            is_estimating=plan.mode != "window",
+            evidence=self._recorder.mass(full_layer) if is_last else None,
         )
+        first_query = num_steady - q.shape[0] - self._context.num_steady
+        num_sampled = self._sample_recall(full_layer, q, step, first_query=first_query)
+        self._recorder.add_read(full_layer, q.shape[0], num_steady, step, num_sampled=num_sampled)
+        if plan.audit:
+            self._audit(full_layer, q, step, steady)
+        return step.out
 
-    def _sample_recall(
-        self, full_layer: int, q: Tensor, selection: Selection, read: Part, *, first_query: int
-    ) -> int:
+    def _sample_recall(self, full_layer: int, q: Tensor, step: Step, *, first_query: int) -> int:
         """Sample the recall of the tile's chosen queries; returns keys read for it."""
-        chosen = self._pairs.chosen(full_layer, first_query, q.shape[0])
+        chosen = self._queries.chosen(full_layer, first_query, q.shape[0])
         if not chosen:
             return 0
-        queries = [first_query + t for t in chosen]
+        lse_read, tail = step.lse_read, step.tail
         if len(chosen) < q.shape[0]:
             rows = torch.tensor(chosen, device=q.device)
-            q, lse, tail = q[rows], read.lse[rows], selection.tail.of_queries(rows)
-        else:
-            lse, tail = read.lse, selection.tail
-        recall = sample_recall(
+            q, lse_read, tail = q[rows], lse_read[rows], tail.of_queries(rows)
+        recall, bound = self._backend.sample_recall(
             q,
             self._context.resident.k[full_layer],
             tail,
-            lse,
+            lse_read,
             scale=self._scale,
             num_strata=self._plan.num_strata,
             generator=self._generator,
         )
-        bound = bound_missed_share(q, tail, lse, scale=self._scale)
-        self._recorder.add_recall(full_layer, queries, recall, bound)
+        self._recorder.add_recall(full_layer, [first_query + t for t in chosen], recall, bound)
         return 2 * self._plan.num_strata * q.shape[0] * q.shape[1]
 
-    def _audit(
-        self, full_layer: int, q: Tensor, selection: Selection, steady: Part, read: Part
-    ) -> None:
+    def _audit(self, full_layer: int, q: Tensor, step: Step, steady: Part) -> None:
         body, resident = self._context.body, self._context.resident
         k, v = resident.k[full_layer][:, body], resident.v[full_layer][:, body]
         total = merge_parts([steady, self._backend.attend(q, k, v, scale=self._scale)])
-        bound = bound_missed_share(q, selection.tail, read.lse, scale=self._scale)
-        recall = torch.exp(read.lse - total.lse).clamp_(max=1.0)
+        bound = bound_missed_share(q, step.tail, step.lse_read, scale=self._scale)
+        recall = torch.exp(step.lse_read - total.lse).clamp_(max=1.0)
         self._recorder.add_audit(full_layer, recall, bound)
 
 

@@ -15,10 +15,10 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn import functional
 
 from orchestrator.model.config import ModelConfig, RopeConfig
-from orchestrator.model.layers import LayerWeights, ModelWeights, mlp, residual, rms_norm
+from orchestrator.model.layers import LayerWeights, Linear, ModelWeights, mlp, residual, rms_norm
 from orchestrator.model.rope import Rotation, inverse_frequencies, rotate, rotation
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -33,10 +33,16 @@ Store = Callable[[int, Tensor, Tensor], None]
 
 
 class Decoder:
-    """A model ready to compute; holds weights and rotary frequencies, and nothing of any call."""
+    """A model ready to compute; holds weights and rotary frequencies, and nothing of any call.
 
-    def __init__(self, cfg: ModelConfig, weights: ModelWeights) -> None:
+    linear: how weights are multiplied.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, weights: ModelWeights, linear: Linear = functional.linear
+    ) -> None:
         self.cfg = cfg
+        self._linear = linear
         self.weights = weights
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
@@ -82,12 +88,12 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [T, V] float32 for `hidden` [T, E]; pass only the rows that are needed."""
-        logits = linear(hidden, self.weights.lm_head).float()
+        logits = self._linear(hidden, self.weights.lm_head, None).float()
         cap = self.cfg.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _embed(self, ids: Tensor) -> Tensor:
-        x = embedding(ids, self.weights.embedding)
+        x = functional.embedding(ids, self.weights.embedding)
         return x if self.cfg.embedding_scale == 1.0 else x * self._embedding_scale
 
     def _turns(self, positions: Tensor) -> list[Rotation]:
@@ -105,15 +111,15 @@ class Decoder:
         eps = self.cfg.norm_eps
         q, k, v = self._qkv(rms_norm(x, layer.attn_norm, eps), layer, turn)
         out = attend(layer_idx, q, k, v).to(self.dtype).reshape(x.shape[0], -1)
-        x = residual(x, linear(out, layer.o, layer.o_bias), layer.post_attn_norm, eps)
-        branch = mlp(rms_norm(x, layer.mlp_norm, eps), layer, self.cfg.activation)
+        x = residual(x, self._linear(out, layer.o, layer.o_bias), layer.post_attn_norm, eps)
+        branch = mlp(rms_norm(x, layer.mlp_norm, eps), layer, self.cfg.activation, self._linear)
         return residual(x, branch, layer.post_mlp_norm, eps)
 
     def _qkv(self, x: Tensor, layer: LayerWeights, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Project, norm and rotate; queries and keys go through as the heads of one tensor."""
         cfg = self.cfg
         num_rotated = cfg.num_heads + cfg.num_kv_heads
-        heads = linear(x, layer.qkv, layer.qkv_bias)
+        heads = self._linear(x, layer.qkv, layer.qkv_bias)
         heads = heads.view(-1, num_rotated + cfg.num_kv_heads, cfg.head_dim)
         qk = heads[:, :num_rotated]
         if layer.qk_norm is not None:

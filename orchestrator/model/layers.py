@@ -7,6 +7,7 @@ Refuses to know files, KV and positions; `decoder.py` strings the parts together
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from orchestrator.model.config import Activation
+
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""`linear(x [T, K], weight [N, K], bias [N] or None) -> [T, N]` in x's dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +61,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * inverse).mul_(weight).to(x.dtype)
 
 
-def mlp(x: Tensor, layer: LayerWeights, activation: Activation) -> Tensor:
+def mlp(x: Tensor, layer: LayerWeights, activation: Activation, linear: Linear) -> Tensor:
     """Return down(act(gate) * up), [T, E] to [T, E]."""
-    gate, up = functional.linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
+    gate, up = linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
     act = (
         functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
     )
-    return functional.linear(act.mul_(up), layer.down, layer.down_bias)
+    return linear(act.mul_(up), layer.down, layer.down_bias)
 
 
 def residual(x: Tensor, branch: Tensor, post_norm: Tensor | None, eps: float) -> Tensor:

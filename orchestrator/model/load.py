@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from orchestrator.errors import ModelDamaged
 from orchestrator.model.config import ModelConfig
@@ -18,6 +19,7 @@ from orchestrator.model.fingerprint import fingerprint_files, fingerprint_parts
 from orchestrator.model.gguf_file import open_gguf
 from orchestrator.model.gguf_weights import load_gguf_weights, read_gguf_config
 from orchestrator.model.hf_weights import find_weight_files, load_hf_weights, read_hf_config
+from orchestrator.model.layers import Linear
 from orchestrator.model.registry import SHAPE_PREFIX, find_model
 from orchestrator.model.shapes import random_weights, shape_config
 from orchestrator.model.tokenizer import Tokenizer
@@ -50,26 +52,30 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     models_dir: Path | None = None,
+    linear: Linear = functional.linear,
 ) -> LoadedModel:
-    """Load a known name, a GGUF file, a Hugging Face directory or `shape:NAME[@LAYERS]`.
+    """Load a known name, a GGUF file, a Hugging Face directory or `shape:NAME[@LAYERS]`; `linear` is
+    what its decoder multiplies weights with.
 
     Raises ModelNotFound, ModelUnsupported or ModelDamaged.
     """
     place = torch.device(device)
     if name_or_path.startswith(SHAPE_PREFIX):
-        return _load_shape(name_or_path, dtype=dtype, device=place)
+        return _load_shape(name_or_path, dtype=dtype, device=place, linear=linear)
     path = find_model(name_or_path, models_dir)
     load = _load_directory if path.is_dir() else _load_gguf
-    return load(path, name_or_path, dtype=dtype, device=place)
+    return load(path, name_or_path, dtype=dtype, device=place, linear=linear)
 
 
-def _load_shape(name: str, *, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def _load_shape(
+    name: str, *, dtype: torch.dtype, device: torch.device, linear: Linear
+) -> LoadedModel:
     cfg = shape_config(name)
     weights = random_weights(cfg, dtype=dtype, device=device)
     return LoadedModel(
         name=name,
         cfg=cfg,
-        decoder=Decoder(cfg, weights),
+        decoder=Decoder(cfg, weights, linear),
         tokenizer=byte_tokenizer(),
         fingerprint=fingerprint_parts([name.encode()]),
         is_random=True,
@@ -77,23 +83,25 @@ def _load_shape(name: str, *, dtype: torch.dtype, device: torch.device) -> Loade
 
 
 def _load_directory(
-    path: Path, name: str, *, dtype: torch.dtype, device: torch.device
+    path: Path, name: str, *, dtype: torch.dtype, device: torch.device, linear: Linear
 ) -> LoadedModel:
     cfg = read_hf_config(path)
     tokenizer = load_hf_tokenizer(path)
     _check_vocabulary(cfg, tokenizer)
     weights = load_hf_weights(path, cfg, dtype=dtype, device=device)
     files = [path / "config.json", *find_weight_files(path)]
-    return _loaded(name, cfg, Decoder(cfg, weights), tokenizer, files)
+    return _loaded(name, cfg, Decoder(cfg, weights, linear), tokenizer, files)
 
 
-def _load_gguf(path: Path, name: str, *, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def _load_gguf(
+    path: Path, name: str, *, dtype: torch.dtype, device: torch.device, linear: Linear
+) -> LoadedModel:
     file = open_gguf(path)
     cfg = read_gguf_config(file)
     tokenizer = load_gguf_tokenizer(file, path.parent)
     _check_vocabulary(cfg, tokenizer)
     weights = load_gguf_weights(file, cfg, dtype=dtype, device=device)
-    return _loaded(name, cfg, Decoder(cfg, weights), tokenizer, [path])
+    return _loaded(name, cfg, Decoder(cfg, weights, linear), tokenizer, [path])
 
 
 def _loaded(

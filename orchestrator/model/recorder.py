@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kv_store import ResidentDocument
-from orchestrator.recall import predict_mean
+from orchestrator.recall import estimate_mean
 from orchestrator.types import Audit, Bound, Recall
-from sparse_attn.select.base import Selection
+from sparse_attn.step import Step
 
 # A bound above this share of a query's attention says nothing about what was missed.
 VACUOUS_SHARE = 0.99
@@ -26,10 +26,12 @@ _ROUNDING = 1e-5
 
 
 class Recorder:
-    """Accumulates over one question; `resident` gives shapes only."""
+    """Accumulates over one question; `resident` gives shapes only, `recall_period` the strata of the
+    recall sample.
+    """
 
-    def __init__(self, resident: ResidentDocument) -> None:
-        self._resident = resident
+    def __init__(self, resident: ResidentDocument, *, recall_period: int) -> None:
+        self._resident, self._recall_period = resident, recall_period
         self._mass = [torch.zeros(k.shape[:2], device=k.device) for k in resident.k]
         self._recalls: list[list[Tensor]] = [[] for _ in resident.k]
         self._pairs: list[tuple[int, int]] = []
@@ -41,20 +43,9 @@ class Recorder:
         self._rows: list[tuple[Tensor, int]] = []
         self._lookup_bytes = 0
 
-    def add_evidence(
-        self, full_layer: int, where: slice | Tensor, shares: Tensor, weight: Tensor
-    ) -> None:
-        """Attention mass of one answer query over a run of slots, or slots [G, B] (-1: padding).
-
-        shares: [H, S], each key's share of its part; weight: [H], the part's share of everything.
-        """
-        num_kv_heads = self._resident.num_kv_heads
-        rows = (num_kv_heads, shares.shape[0] // num_kv_heads, shares.shape[1])
-        mass = torch.bmm(weight.view(num_kv_heads, 1, -1), shares.view(rows)).squeeze(1)
-        if isinstance(where, slice):
-            self._mass[full_layer][:, where] += mass
-        else:
-            self._mass[full_layer].scatter_add_(1, where.clamp(min=0), mass)
+    def mass(self, full_layer: int) -> Tensor:
+        """Where the attention mass of answer queries over each slot is added up: [G, N] float32."""
+        return self._mass[full_layer]
 
     def add_exact(self, num_queries: int, num_keys: int) -> None:
         """Every key was read by `num_queries` queries at once."""
@@ -66,7 +57,7 @@ class Recorder:
         full_layer: int,
         num_queries: int,
         num_steady: int,
-        selection: Selection,
+        step: Step,
         *,
         num_sampled: int,
     ) -> None:
@@ -76,11 +67,10 @@ class Recorder:
         """
         self._num_queries += num_queries if full_layer == 0 else 0
         num_kv_heads = self._resident.num_kv_heads
-        per_query, num_read = selection.count_read()
         sampled = num_sampled / (num_kv_heads * num_queries)
-        self._keys.append((per_query, num_steady + sampled))
-        self._rows.append((num_read, 2 * num_kv_heads * num_steady + num_sampled))
-        self._lookup_bytes += selection.lookup_bytes
+        self._keys.append((step.num_attended, num_steady + sampled))
+        self._rows.append((step.num_read, 2 * num_kv_heads * num_steady + num_sampled))
+        self._lookup_bytes += step.lookup_bytes
 
     def add_recall(
         self, full_layer: int, queries: Sequence[int], recall: Tensor, bound: Tensor
@@ -129,12 +119,12 @@ class Recorder:
             )
         pairs = sorted(self._pairs)
         per_layer = [torch.cat(rows).double().cpu() for rows in self._recalls if rows]
-        estimate = predict_mean(
+        estimate = estimate_mean(
             torch.cat([rows.mean(dim=1) for rows in per_layer]).tolist(),
             [layer for layer, _ in pairs],
             [query for _, query in pairs],
-            num_layers=len(self._recalls),
             num_queries=self._num_queries,
+            period=self._recall_period,
         )
         heads = torch.cat([rows.mean(dim=0) for rows in per_layer])
         return Recall(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from sparse_attn.errors import InvalidBudget
@@ -45,13 +46,12 @@ class Tail:
 
     log_mass: [T, H, U] float32, estimated log sum of exp(score) over the unit, -inf where the query
     read it; log_mass_linear: the same without the spread within units, nowhere masked.
-    value_sums: [G, U, D] float32; radii: [G, U] float32, greatest distance of a key from the mean
-    key; starts, sizes: [G, U] int64, the unit's run of slots.
+    radii: [G, U] float32, greatest distance of a key from the centroid; starts, sizes: [G, U] int64,
+    the unit's run of slots.
     """
 
     log_mass: Tensor
     log_mass_linear: Tensor
-    value_sums: Tensor
     radii: Tensor
     starts: Tensor
     sizes: Tensor
@@ -64,6 +64,16 @@ class Tail:
             log_mass_linear=self.log_mass_linear[chosen],
         )
 
+    def join(self, other: Tail) -> Tail:
+        """Both tails side by side, of the same queries."""
+        return Tail(
+            log_mass=torch.cat([self.log_mass, other.log_mass], dim=2),
+            log_mass_linear=torch.cat([self.log_mass_linear, other.log_mass_linear], dim=2),
+            radii=torch.cat([self.radii, other.radii], dim=1),
+            starts=torch.cat([self.starts, other.starts], dim=1),
+            sizes=torch.cat([self.sizes, other.sizes], dim=1),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
@@ -71,12 +81,14 @@ class Selection:
 
     slots: [G, B] int64, everything that the tile reads, in slot order, -1 where padded (last);
     visible: [G, T, B] bool, which of them each query attends to, None for all; tail: every body key
-    that a query does not attend to. lookup_bytes: what the look-up itself read.
+    that a query does not attend to. value_sums: [G, U, D], of the tail's units.
+    lookup_bytes: what the look-up itself read.
     """
 
     slots: Tensor
     visible: Tensor | None
     tail: Tail
+    value_sums: Tensor
     lookup_bytes: int
 
     def count_read(self) -> tuple[Tensor, Tensor]:

@@ -31,13 +31,14 @@ _OPEN_FACTOR = 4
 _UNOPENED_SHARE = 0.25
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Units:
     """Runs of slots with their statistics, of one layer: clusters, or groups of clusters.
 
-    centroids, variances, value_sums: [G, U, D] float32; log_sizes (-inf at padding), critical
-    (the spread sqrt(2 log n) where the estimate bends), radii: [G, U] float32; starts, sizes:
-    [G, U] int64, in slots. The large tables are those of the store, never copied.
+    centroids, variances, value_sums: [G, U, D], any float type; log_sizes (-inf at padding), critical
+    (the spread sqrt(2 log n) where the estimate bends), rank_weights (benefit of reading the unit
+    per share of attention), radii: [G, U] float32; starts, sizes: [G, U] int64, in slots. The large
+    tables are those of the store, never copied.
     """
 
     centroids: Tensor
@@ -45,6 +46,7 @@ class Units:
     value_sums: Tensor
     log_sizes: Tensor
     critical: Tensor
+    rank_weights: Tensor
     radii: Tensor
     starts: Tensor
     sizes: Tensor
@@ -68,6 +70,7 @@ class Units:
             value_sums=value_sums,
             log_sizes=log_sizes,
             critical=log_sizes.clamp(min=0.0).mul_(2.0).sqrt_(),
+            rank_weights=sizes.clamp(min=1).float().rsqrt_(),
             radii=radii,
             starts=starts.long(),
             sizes=sizes.long(),
@@ -75,18 +78,43 @@ class Units:
 
     def take(self, columns: Tensor) -> Units:
         """The units at columns [G, W]; a column of -1 becomes padding."""
-        padding = columns < 0
-        safe = columns.clamp(min=0)
-        return Units(
+        return replace(
+            self.take_small(columns),
             centroids=gather_slots(self.centroids, columns),
             variances=gather_slots(self.variances, columns),
             value_sums=gather_slots(self.value_sums, columns),
+        )
+
+    def take_small(self, columns: Tensor) -> Units:
+        """`take` that leaves the large tables whole: unit w is column `columns[g, w]` of them."""
+        padding = columns < 0
+        safe = columns.clamp(min=0)
+        return replace(
+            self,
             log_sizes=self.log_sizes.gather(1, safe).masked_fill_(padding, -math.inf),
             critical=self.critical.gather(1, safe),
+            rank_weights=self.rank_weights.gather(1, safe),
             radii=self.radii.gather(1, safe),
             starts=self.starts.gather(1, safe),
             sizes=self.sizes.gather(1, safe).masked_fill_(padding, 0),
         )
+
+    def tail(self, log_mass: Tensor, log_mass_linear: Tensor) -> Tail:
+        """The tail of these units; log_mass [T, H, U] is -inf where a query reads one."""
+        return Tail(
+            log_mass=log_mass,
+            log_mass_linear=log_mass_linear,
+            radii=self.radii,
+            starts=self.starts,
+            sizes=self.sizes,
+        )
+
+    def count_taken(self, taken: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys of the taken [G, T, U] units: of each query [G, T], and of their union [G]."""
+        per_query = (taken * self.sizes.unsqueeze(1)).sum(dim=2)
+        if taken.shape[1] == 1:
+            return per_query, per_query[:, 0]
+        return per_query, (taken.any(dim=1) * self.sizes).sum(dim=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +143,7 @@ def select(
 
     q: [T, H, D]; lse_steady: [T, H], natural log of the mass that is read anyway. For each query
     and KV head, clusters are ranked by the share of attention they are expected to hold, summed
-    over the heads of the group; ties go to the lowest slot. A cluster is read whole or not at all.
+    over the heads of the group, over the root of their size; ties go to the lowest slot. A cluster is read whole or not at all.
     levels: 1 looks at every cluster; 2 looks at groups first and only at the clusters of groups
     that some query of the tile opened.
     """
@@ -126,16 +154,26 @@ def select(
     if levels == 1:
         return _select_among(index.clusters, tile, limit, unopened=None)
     scores = _score(index.groups, tile)
-    opened = _take(index.groups, scores, tile, _opening_limit(limit), lse_other=lse)
+    opened = _take(index.groups, scores, tile, opening_limit(limit), lse_other=lse)
     opened_by_any = opened.any(dim=1, keepdim=True)
-    lookup_bytes = _lookup_bytes(index.groups)
+    num_bytes = lookup_bytes(index.groups)
     columns, _ = expand_runs(index.group_starts, index.group_counts, opened_by_any[:, 0])
     unopened = _tail(index.groups, scores, opened_by_any.expand_as(opened), tile)
     if columns.shape[1] == 0:
-        return Selection(slots=columns, visible=None, tail=unopened, lookup_bytes=lookup_bytes)
+        return Selection(
+            slots=columns,
+            visible=None,
+            tail=unopened,
+            value_sums=index.groups.value_sums,
+            lookup_bytes=num_bytes,
+        )
     clusters = index.clusters.take(columns)
     selection = _select_among(clusters, tile, limit, unopened=unopened)
-    return replace(selection, lookup_bytes=selection.lookup_bytes + lookup_bytes)
+    return replace(
+        selection,
+        value_sums=torch.cat([selection.value_sums, index.groups.value_sums], dim=1),
+        lookup_bytes=selection.lookup_bytes + num_bytes,
+    )
 
 
 def select_nothing(index: CentroidIndex, q: Tensor, *, scale: float) -> Selection:
@@ -187,7 +225,8 @@ class _Scores:
     log_mass_linear: Tensor
 
 
-def _opening_limit(limit: Limit) -> Limit:
+def opening_limit(limit: Limit) -> Limit:
+    """How much the groups that the two-level look-up opens may hold."""
     if limit.keys is not None:
         return Limit(keys=_OPEN_FACTOR * limit.keys)
     assert limit.mass is not None
@@ -211,13 +250,20 @@ def _select_among(
         visible = taken.gather(2, run.unsqueeze(1).expand(-1, tile.num_tokens, -1))
     tail = _tail(clusters, scores, taken, tile)
     if unopened is not None:
-        tail = _join(tail, unopened)
-    return Selection(slots=slots, visible=visible, tail=tail, lookup_bytes=_lookup_bytes(clusters))
+        tail = tail.join(unopened)
+    return Selection(
+        slots=slots,
+        visible=visible,
+        tail=tail,
+        value_sums=clusters.value_sums,
+        lookup_bytes=lookup_bytes(clusters),
+    )
 
 
 def _score(units: Units, tile: _Tile) -> _Scores:
-    linear = torch.baddbmm(units.log_sizes.unsqueeze(1), tile.rows, units.centroids.transpose(1, 2))
-    sigma = torch.bmm(tile.rows.square(), units.variances.transpose(1, 2)).sqrt_()
+    centroids, variances = (x.float().transpose(1, 2) for x in (units.centroids, units.variances))
+    linear = torch.baddbmm(units.log_sizes.unsqueeze(1), tile.rows, centroids)
+    sigma = torch.bmm(tile.rows.square(), variances).sqrt_()
     knee = torch.minimum(sigma, units.critical.unsqueeze(1))
     log_mass = torch.addcmul(linear, knee, sigma.sub_(knee, alpha=0.5))
     return _Scores(log_mass=log_mass, log_mass_linear=linear)
@@ -230,7 +276,7 @@ def _take(units: Units, scores: _Scores, tile: _Tile, limit: Limit, *, lse_other
     """
     total = torch.logaddexp(log_sum_exp(scores.log_mass), lse_other)
     shares = tile.per_query(torch.exp(scores.log_mass - total.unsqueeze(-1)))
-    order = _descending(shares.sum(dim=1))
+    order = _descending(shares.sum(dim=1) * units.rank_weights.unsqueeze(1))
     if limit.keys is not None:
         sizes = units.sizes.unsqueeze(1).expand_as(order).gather(2, order)
         taken = sizes.cumsum(dim=-1) <= limit.keys
@@ -261,29 +307,14 @@ def _descending(benefit: Tensor) -> Tensor:
 def _tail(units: Units, scores: _Scores, taken: Tensor, tile: _Tile) -> Tail:
     """What stands for the units that a query did not take; taken: [G, T, U]."""
     untaken = tile.per_query(scores.log_mass).masked_fill(taken.unsqueeze(1), -math.inf)
-    return Tail(
-        log_mass=unfold_rows(untaken.view_as(scores.log_mass), tile.num_tokens),
-        log_mass_linear=unfold_rows(scores.log_mass_linear, tile.num_tokens),
-        value_sums=units.value_sums,
-        radii=units.radii,
-        starts=units.starts,
-        sizes=units.sizes,
+    return units.tail(
+        unfold_rows(untaken.view_as(scores.log_mass), tile.num_tokens),
+        unfold_rows(scores.log_mass_linear, tile.num_tokens),
     )
 
 
-def _join(first: Tail, second: Tail) -> Tail:
-    def both(name: str, dim: int) -> Tensor:
-        return torch.cat([getattr(first, name), getattr(second, name)], dim=dim)
-
-    return Tail(
-        log_mass=both("log_mass", 2),
-        log_mass_linear=both("log_mass_linear", 2),
-        value_sums=both("value_sums", 1),
-        radii=both("radii", 1),
-        starts=both("starts", 1),
-        sizes=both("sizes", 1),
-    )
-
-
-def _lookup_bytes(units: Units) -> int:
-    return units.centroids.nbytes + units.variances.nbytes + units.value_sums.nbytes
+def lookup_bytes(units: Units, num_units: int | None = None) -> int:
+    """Bytes of the large tables that a look-up of `num_units` columns (all) a KV head reads."""
+    num_bytes = units.centroids.nbytes + units.variances.nbytes + units.value_sums.nbytes
+    num_columns = units.centroids.shape[1]
+    return num_bytes if num_units is None else num_bytes * num_units // max(1, num_columns)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 # A radius is compared with distances that a query-time product rounds differently.
 _RADIUS_SLACK = 1.0 + 1e-4
+# Tables are half as large in half precision; sums and means beyond its range are cut to it.
+_MAX_HALF = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +31,7 @@ class CentroidParams:
     two-level look-up.
     """
 
-    keys_per_cluster: int = 8
+    keys_per_cluster: int = 4
     iterations: int = 8
     max_cluster_ratio: int = 4
     clusters_per_group: int = 8
@@ -40,7 +42,7 @@ class CentroidParams:
 
 
 class _Stats(NamedTuple):
-    """Statistics of runs of keys: [B, U, D] sums and spreads, [B, U] sizes and radii."""
+    """Statistics of runs of keys: [B, U, D] float16 means, spreads and sums, [B, U] radii, sizes."""
 
     centroids: Tensor
     variances: Tensor
@@ -167,28 +169,34 @@ def _split_oversized(points: Tensor, labels: Tensor, num_clusters: int, max_size
 def _statistics(keys: Tensor, values: Tensor, labels: Tensor, num_units: int) -> _Stats:
     sizes = _count(labels, num_units)
     counts = sizes.clamp(min=1).unsqueeze(2)
-    centroids = _sum_by_label(keys, labels, num_units) / counts
+    # Spread and radius are taken about the centroid as it is stored: the bound stays a bound.
+    centroids = _halve(_sum_by_label(keys, labels, num_units) / counts)
     if keys.shape[1] == 0:
         return _Stats(centroids, centroids, centroids, sizes.float(), sizes)
-    centred = keys - centroids.gather(1, labels.unsqueeze(2).expand(-1, -1, keys.shape[2]))
+    columns = labels.unsqueeze(2).expand(-1, -1, keys.shape[2])
+    centred = keys - centroids.float().gather(1, columns)
     squares = centred.square_()
     distance = squares.sum(dim=2).sqrt_()
     radii = torch.zeros_like(sizes, dtype=torch.float32)
     radii.scatter_reduce_(1, labels, distance, "amax")
     return _Stats(
         centroids=centroids,
-        variances=_sum_by_label(squares, labels, num_units) / counts,
-        value_sums=_sum_by_label(values, labels, num_units),
+        variances=_halve(_sum_by_label(squares, labels, num_units) / counts),
+        value_sums=_halve(_sum_by_label(values, labels, num_units)),
         radii=radii * _RADIUS_SLACK,
         sizes=sizes,
     )
+
+
+def _halve(x: Tensor) -> Tensor:
+    return x.clamp_(-_MAX_HALF, _MAX_HALF).half()
 
 
 def _group(stats: _Stats, params: CentroidParams) -> tuple[Tensor, int]:
     """Group [B, C] of every cluster, and the number of groups."""
     num_groups = max(1, stats.sizes.shape[1] // params.clusters_per_group)
     return kmeans(
-        stats.centroids, num_clusters=num_groups, iterations=params.iterations
+        stats.centroids.float(), num_clusters=num_groups, iterations=params.iterations
     ), num_groups
 
 

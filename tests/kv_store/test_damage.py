@@ -133,7 +133,7 @@ def test_a_whole_file_of_another_document_is_refused(store: Store, tmp_path: Pat
 
 def test_another_format_version_is_refused_by_name(store: Store) -> None:
     path = store.root / NAME / "manifest.json"
-    raw = bytearray(path.read_bytes().replace(b'"format_version": 1', b'"format_version": 9'))
+    raw = bytearray(path.read_bytes().replace(b'"format_version": 2', b'"format_version": 9'))
     raw[-36:-4] = b"0" * 32
     raw[-36:-4] = checksum(bytes(raw)).encode()
     with damaged(path, bytes(raw)):

@@ -131,6 +131,6 @@ def test_query_heads_share_kv_heads_in_runs() -> None:
 
 
 def test_backends_are_found_by_name_and_never_substituted() -> None:
-    assert BACKENDS == ("reference", "torch")
-    with pytest.raises(BackendUnknown, match=r"triton.*reference, torch"):
+    assert BACKENDS == ("reference", "torch", "native")
+    with pytest.raises(BackendUnknown, match=r"triton.*reference, torch, native"):
         find_backend("triton")

@@ -95,7 +95,7 @@ def test_reading_everything_through_clusters_is_dense_attention(
     selection = run_select(index, q, k, v, Limit(keys=NUM_KEYS), levels)
     part, _ = attend_slots(q, k, v, selection.slots, visible=selection.visible, scale=SCALE)
     tail = attend_estimated(
-        selection.tail.log_mass, selection.tail.value_sums, selection.tail.sizes
+        selection.tail.log_mass, selection.value_sums, selection.tail.sizes
     )
     ours = merge_parts([steady_part(q, k, v), part, tail])
     dense = reference.attend(q, k, v, scale=SCALE)
@@ -113,19 +113,19 @@ def test_a_tile_selects_for_each_query_what_the_query_alone_selects() -> None:
             assert read_slots(together, token, head) == read_slots(alone, 0, head)
 
 
-def test_the_clusters_read_are_those_of_greatest_estimated_share() -> None:
+def test_the_clusters_read_are_those_of_greatest_share_over_the_root_of_their_size() -> None:
     k, v, index, _ = clustered_layer(NUM_KEYS, seed=4)
     q, _, _ = random_qkv(1, 1, seed=5, spread=3.0)
     lse = steady_part(q, k, v).lse
     everything = select_nothing(index, q, scale=SCALE).tail.log_mass
     total = torch.logaddexp(torch.logsumexp(everything, dim=-1), lse)
     share = torch.exp(everything - total.unsqueeze(-1))[0].view(2, 3, -1).sum(dim=1)
+    benefit = share / index.clusters.sizes.clamp(min=1).sqrt()
     selection = run_select(index, q, k, v, Limit(keys=40), 1)
     for head in range(2):
         is_read = selection.tail.log_mass[0, head * 3] == -math.inf
         is_read &= index.clusters.sizes[head] > 0
-        left = share[head][~is_read].max()
-        assert bool((share[head][is_read] >= left).all())
+        assert bool((benefit[head][is_read] >= benefit[head][~is_read].max()).all())
 
 
 def test_mass_reads_enough_for_every_head_of_the_group() -> None:
@@ -149,6 +149,7 @@ def test_equal_scores_take_the_lowest_slots() -> None:
             value_sums=same.value_sums,
             log_sizes=torch.where(same.sizes > 0, 0.0, -math.inf),
             critical=torch.zeros_like(same.critical),
+            rank_weights=torch.ones_like(same.rank_weights),
             radii=same.radii,
             starts=same.starts,
             sizes=same.sizes,

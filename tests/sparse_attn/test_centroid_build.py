@@ -59,21 +59,14 @@ def test_statistics_describe_the_keys_of_each_cluster() -> None:
                 continue
             start = int(tensors["cluster_starts"][head, column])
             own = ordered[start : start + size]
-            mean = own.mean(dim=0)
-            torch.testing.assert_close(tensors["centroids"][head, column], mean)
-            torch.testing.assert_close(
-                tensors["variances"][head, column],
-                own.var(dim=0, unbiased=False),
-                atol=1e-5,
-                rtol=0,
-            )
-            torch.testing.assert_close(
-                tensors["value_sums"][head, column],
-                values[start : start + size].sum(dim=0),
-                atol=1e-5,
-                rtol=0,
-            )
-            reach = (own - mean).norm(dim=1).max()
+            for name, expected in (
+                ("centroids", own.mean(dim=0)),
+                ("variances", own.var(dim=0, unbiased=False)),
+                ("value_sums", values[start : start + size].sum(dim=0)),
+            ):
+                stored = tensors[name][head, column]
+                torch.testing.assert_close(stored, expected.half(), atol=1e-5, rtol=1e-3)
+            reach = (own - tensors["centroids"][head, column].float()).norm(dim=1).max()
             assert reach <= tensors["radii"][head, column] <= reach * 1.001 + 1e-6
 
 

@@ -1,0 +1,1 @@
+"""The `native` backend: CPU kernels in C for what a question does once a layer and token."""

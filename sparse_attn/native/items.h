@@ -1,0 +1,428 @@
+/* The arithmetic of one work item, compiled once for each set of vector instructions.
+ *
+ * `kernels.c` includes this file under several targets, with ITEM(name) giving each build names of its
+ * own, cuts the work into items, and picks the build that the processor can run.
+ */
+
+/* ---- numbers ---------------------------------------------------------------------------------- */
+
+INLINE void ITEM(widen_halves)(const uint16_t *half, int64_t count, float *room) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16)
+        _mm512_storeu_ps(room + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(half + i))));
+#elif defined(__F16C__)
+    for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps(room + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + i))));
+#endif
+    for (; i < count; i++) room[i] = half_to_float(half[i]);
+}
+
+/* `count` numbers of a type as float32: x itself where it is float32 already, else `room`. */
+INLINE const float *ITEM(widen)(const void *x, int type, int64_t first, int64_t count, float *room) {
+    if (type == FLOAT32) return (const float *)x + first;
+    const uint16_t *half = (const uint16_t *)x + first;
+    if (type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) room[i] = bits_to_float((uint32_t)half[i] << 16);
+    else
+        ITEM(widen_halves)(half, count, room);
+    return room;
+}
+
+/* Row `row` of a table as float32 in `room`; nothing (zeros) where there is none. */
+INLINE void ITEM(copy_wide)(const void *x, int type, int64_t row, int64_t D, float *room) {
+    if (row < 0) {
+        memset(room, 0, (size_t)D * sizeof(float));
+        return;
+    }
+    const float *wide = ITEM(widen)(x, type, row * D, D, room);
+    if (wide != room) memcpy(room, wide, (size_t)D * sizeof(float));
+}
+
+INLINE float ITEM(dot)(const float *a, const float *b, int D) {
+    Vec sums = {0};
+    int d = 0;
+    for (; d + LANES <= D; d += LANES) sums += *(const Vec *)(a + d) * *(const Vec *)(b + d);
+    float sum = add_lanes(sums);
+    for (; d < D; d++) sum += a[d] * b[d];
+    return sum;
+}
+
+/* out[i] = dot(a, rows[i]) for n rows of D numbers. */
+INLINE void ITEM(dots)(const float *a, const float *rows, int64_t n, int D, float *out) {
+    int64_t i = 0;
+    if (D % LANES == 0)
+        for (; i + 4 <= n; i += 4) {
+            Vec sums[4] = {{0}, {0}, {0}, {0}};
+            const float *row = rows + i * D;
+            for (int d = 0; d < D; d += LANES) {
+                Vec own = *(const Vec *)(a + d);
+                sums[0] += own * *(const Vec *)(row + d);
+                sums[1] += own * *(const Vec *)(row + D + d);
+                sums[2] += own * *(const Vec *)(row + 2 * D + d);
+                sums[3] += own * *(const Vec *)(row + 3 * D + d);
+            }
+            *(FourFloats *)(out + i) = add_lanes_of_four(sums[0], sums[1], sums[2], sums[3]);
+        }
+    for (; i < n; i++) out[i] = ITEM(dot)(a, rows + i * D, D);
+}
+
+/* out [D] += weights [n] times rows [n, D]. */
+INLINE void ITEM(add_rows)(float *out, const float *weights, const float *rows, int64_t n, int D) {
+    int d = 0;
+    for (; d + 4 * LANES <= D; d += 4 * LANES) {
+        Vec *at = (Vec *)(out + d), sum0 = at[0], sum1 = at[1], sum2 = at[2], sum3 = at[3];
+        for (int64_t i = 0; i < n; i++) {
+            const Vec *row = (const Vec *)(rows + i * D + d);
+            sum0 += weights[i] * row[0];
+            sum1 += weights[i] * row[1];
+            sum2 += weights[i] * row[2];
+            sum3 += weights[i] * row[3];
+        }
+        at[0] = sum0, at[1] = sum1, at[2] = sum2, at[3] = sum3;
+    }
+    for (; d < D; d++)
+        for (int64_t i = 0; i < n; i++) out[d] += weights[i] * rows[i * D + d];
+}
+
+INLINE float ITEM(load_one)(const void *x, int type, int64_t at) {
+    if (type == FLOAT32) return ((const float *)x)[at];
+    return bits_to_float((uint32_t)((const uint16_t *)x)[at] << 16);
+}
+
+INLINE void ITEM(multiply_rows)(const void *w, int type, int64_t K, int64_t first, int64_t last,
+                                const float *x, float *out) {
+    enum { AHEAD = 8 }; /* rows; matrices are cold, and rows too short to be seen coming */
+    int64_t row = first;
+    for (; row + 4 <= last; row += 4) {
+        Vec sums[4] = {{0}, {0}, {0}, {0}};
+        int64_t at = row * K, k = 0;
+        for (; k + LANES <= K; k += LANES) {
+            Vec own = *(const Vec *)(x + k);
+            for (int i = 0; i < 4; i++)
+                prefetch_number(w, type, at + (AHEAD + i) * K + k);
+            sums[0] += own * LOAD(w, type, at + k);
+            sums[1] += own * LOAD(w, type, at + K + k);
+            sums[2] += own * LOAD(w, type, at + 2 * K + k);
+            sums[3] += own * LOAD(w, type, at + 3 * K + k);
+        }
+        Quarter total = add_lanes_of_four(sums[0], sums[1], sums[2], sums[3]);
+        for (int i = 0; i < 4; i++) {
+            float rest = 0.0f;
+            for (int64_t j = k; j < K; j++) rest += x[j] * ITEM(load_one)(w, type, at + i * K + j);
+            out[row + i] = total[i] + rest;
+        }
+    }
+    for (; row < last; row++) {
+        float sum = 0.0f;
+        for (int64_t k = 0; k < K; k++) sum += x[k] * ITEM(load_one)(w, type, row * K + k);
+        out[row] = sum;
+    }
+}
+
+static void ITEM(products)(const void *w, int type, int64_t K, int64_t first, int64_t last,
+                           const float *x, float *out) {
+    if (type == FLOAT32)
+        ITEM(multiply_rows)(w, FLOAT32, K, first, last, x, out);
+    else
+        ITEM(multiply_rows)(w, BFLOAT16, K, first, last, x, out);
+}
+
+/* ---- a running softmax ------------------------------------------------------------------------ */
+
+INLINE float ITEM(greatest)(const float *x, int64_t n) {
+    Vec most = all_lanes(-INFINITY);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Vec own = *(const Vec *)(x + i);
+        most = either(own > most, own, most);
+    }
+    float max = -INFINITY;
+    for (int lane = 0; lane < LANES; lane++) max = most[lane] > max ? most[lane] : max;
+    for (; i < n; i++) max = x[i] > max ? x[i] : max;
+    return max;
+}
+
+/* out [n] = exp(x - base), and their sum; out may be x, or null. */
+INLINE float ITEM(exps)(const float *x, float base, int64_t n, float *out) {
+    Vec sums = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Vec own = fast_exps(*(const Vec *)(x + i) - base);
+        if (out) *(Vec *)(out + i) = own;
+        sums += own;
+    }
+    float sum = add_lanes(sums);
+    for (; i < n; i++) {
+        float own = fast_exp(x[i] - base);
+        if (out) out[i] = own;
+        sum += own;
+    }
+    return sum;
+}
+
+/* weights [n] = exp(scores - greatest score so far), which `s` takes in; the values are the caller's
+ * to add. False if no score counts: then there is nothing to add. */
+INLINE int ITEM(weigh)(Sums *s, const float *scores, int64_t n, float *weights, int D) {
+    float max = ITEM(greatest)(scores, n);
+    if (max == -INFINITY) return 0;
+    if (max > s->max) {
+        float shrink = s->max == -INFINITY ? 0.0f : fast_exp(s->max - max);
+        for (int d = 0; d < D; d++) s->out[d] *= shrink;
+        s->sum *= shrink;
+        s->max = max;
+    }
+    s->sum += ITEM(exps)(scores, s->max, n, weights);
+    return 1;
+}
+
+static float ITEM(log_sum_exp)(const float *x, int64_t n) {
+    float max = ITEM(greatest)(x, n);
+    return max == -INFINITY ? max : max + logf(ITEM(exps)(x, max, n, NULL));
+}
+
+/* ---- attention over one run of slots ----------------------------------------------------------- */
+
+/* P query heads over `n` slots from `first` of KV head g; sums go on from where they are. scores: [P],
+ * `stride` apart, receives the scores; n is at most SLOTS_PER_ITEM. */
+INLINE void ITEM(attend_run)(const Keys *x, int64_t g, int64_t first, int64_t n, const float *q,
+                             Sums *sums, float *scores, int64_t stride, int D) {
+    float room[KEYS_AT_ONCE * MAX_HEAD_DIM], weights[SLOTS_PER_ITEM];
+    int64_t from = g * x->head_stride + first * D;
+    for (int64_t start = 0; start < n; start += KEYS_AT_ONCE) {
+        int64_t count = n - start < KEYS_AT_ONCE ? n - start : KEYS_AT_ONCE;
+        const float *k = ITEM(widen)(x->k, x->type, from + start * D, count * D, room);
+        for (int p = 0; p < x->P; p++)
+            ITEM(dots)(q + p * D, k, count, D, scores + p * stride + start);
+    }
+    for (int p = 0; p < x->P; p++) {
+        if (!ITEM(weigh)(&sums[p], scores + p * stride, n, weights, D)) continue;
+        for (int64_t start = 0; start < n; start += KEYS_AT_ONCE) {
+            int64_t count = n - start < KEYS_AT_ONCE ? n - start : KEYS_AT_ONCE;
+            const float *v = ITEM(widen)(x->v, x->type, from + start * D, count * D, room);
+            ITEM(add_rows)(sums[p].out, weights + start, v, count, D);
+        }
+    }
+}
+
+static void ITEM(body)(const Keys *x, int64_t g, int64_t first, int64_t n, const float *q, Sums *sums,
+                       float *scores, int64_t stride) {
+    for (int p = 0; p < x->P; p++) clear(&sums[p], x->D);
+    BY_HEAD_DIM(x->D, ITEM(attend_run)(x, g, first, n, q, sums, scores, stride, DIM));
+}
+
+/* One token over the first n slots; writes out [P, D] and lse [P]. scores: [P, SLOTS_PER_ITEM]. */
+static void ITEM(prefix)(const Keys *x, int64_t g, int64_t n, const float *q, float *out, float *lse,
+                         float *scores) {
+    Sums sums[MAX_GROUP];
+    for (int p = 0; p < x->P; p++) {
+        sums[p].out = out + p * x->D;
+        clear(&sums[p], x->D);
+    }
+    for (int64_t first = 0; first < n; first += SLOTS_PER_ITEM) {
+        int64_t count = n - first < SLOTS_PER_ITEM ? n - first : SLOTS_PER_ITEM;
+        BY_HEAD_DIM(x->D, ITEM(attend_run)(x, g, first, count, q, sums, scores, SLOTS_PER_ITEM, DIM));
+    }
+    for (int p = 0; p < x->P; p++) {
+        lse[p] = log_total(&sums[p]);
+        float scale = sums[p].sum > 0.0f ? 1.0f / sums[p].sum : 0.0f;
+        for (int d = 0; d < x->D; d++) sums[p].out[d] *= scale;
+    }
+}
+
+/* evidence [n] += exp(score - lse) of every row; scores [P], `stride` apart. */
+static void ITEM(add_evidence)(float *evidence, const float *scores, int64_t stride, int P,
+                               const float *lse, int64_t n) {
+    for (int p = 0; p < P; p++) {
+        const float *own = scores + p * stride;
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES)
+            *(Vec *)(evidence + i) += fast_exps(*(const Vec *)(own + i) - lse[p]);
+        for (; i < n; i++) evidence[i] += fast_exp(own[i] - lse[p]);
+    }
+}
+
+/* ---- units: scores, ranking, attention ---------------------------------------------------------- */
+
+/* Scores of four units at a time: the lanes of four products are added up together. */
+INLINE void ITEM(score_units)(const Units *x, int64_t g, int64_t first, int64_t last, const float *q,
+                              const float *squares, int64_t T, float *log_mass, float *linear, int D) {
+    enum { AT_ONCE = 4 };
+    float centroids[AT_ONCE * MAX_HEAD_DIM], variances[AT_ONCE * MAX_HEAD_DIM];
+    const float *log_sizes = x->log_sizes + g * x->U, *critical = x->critical + g * x->U;
+    int64_t H = (int64_t)x->G * x->P;
+    for (int64_t u = first; u < last; u += AT_ONCE) {
+        int64_t n = last - u < AT_ONCE ? last - u : AT_ONCE;
+        for (int64_t i = 0; i < n; i++) {
+            int64_t column = column_of(x, g, u + i);
+            ITEM(copy_wide)(x->centroids, x->type, column, D, centroids + i * D);
+            ITEM(copy_wide)(x->variances, x->type, column, D, variances + i * D);
+        }
+        for (int64_t t = 0; t < T; t++)
+            for (int p = 0; p < x->P; p++) {
+                int64_t row = t * H + g * x->P + p;
+                float *mass = log_mass + row * x->U + u, *flat = linear + row * x->U + u;
+                float products[AT_ONCE], spreads[AT_ONCE];
+                ITEM(dots)(q + row * D, centroids, n, D, products);
+                ITEM(dots)(squares + row * D, variances, n, D, spreads);
+                for (int64_t i = 0; i < n; i++) {
+                    float sigma = sqrtf(spreads[i]);
+                    float knee = sigma < critical[u + i] ? sigma : critical[u + i];
+                    flat[i] = log_sizes[u + i] + products[i];
+                    mass[i] = flat[i] + knee * (sigma - 0.5f * knee);
+                }
+            }
+    }
+}
+
+static void ITEM(score)(const Units *x, int64_t g, int64_t first, int64_t last, const float *q,
+                        const float *squares, int64_t T, float *log_mass, float *linear) {
+    BY_HEAD_DIM(x->D, ITEM(score_units)(x, g, first, last, q, squares, T, log_mass, linear, DIM));
+}
+
+/* shares[i] = exp(x[i] - total); 1e-38 where x is -inf, which ranks last and weighs nothing. */
+static void ITEM(shares)(const float *x, float total, int64_t n, float *shares) {
+    ITEM(exps)(x, total, n, shares);
+}
+
+/* benefit[i] += shares[i]; on the last head of the group, times the rank weights. */
+static void ITEM(add_benefit)(float *benefit, const float *shares, const float *weights, int64_t n) {
+    for (int64_t i = 0; i < n; i++) benefit[i] += shares[i] * weights[i];
+}
+
+/* The next run of taken units from *u on, as slots; 0 if there is none. Neighbouring units are
+ * neighbouring slots: they are read as one run of at most KEYS_AT_ONCE, or one unit. */
+INLINE int64_t ITEM(next_run)(const Units *x, int64_t g, const uint8_t *is_taken, int64_t last,
+                              int64_t *u, int64_t *start) {
+    const int64_t *starts = x->starts + g * x->U, *sizes = x->sizes + g * x->U;
+    while (*u < last && !is_taken[*u]) ++*u;
+    if (*u == last) return 0;
+    int64_t count = sizes[*u];
+    *start = starts[*u];
+    for (++*u; *u < last && is_taken[*u] && starts[*u] == *start + count; ++*u) {
+        if (count + sizes[*u] > KEYS_AT_ONCE) break;
+        count += sizes[*u];
+    }
+    return count;
+}
+
+/* The taken units of one token; `room` holds the scores: [P, num_keys]. */
+INLINE void ITEM(attend_taken)(const Keys *x, const Units *units, int64_t g, int64_t first,
+                               int64_t last, const float *q, const uint8_t *is_taken,
+                               int64_t num_keys, Sums *read, float *room, float *kept,
+                               int64_t kept_stride, int D) {
+    float wide[KEYS_AT_ONCE * MAX_HEAD_DIM];
+    int64_t done = 0, start, n, bytes = x->type == FLOAT32 ? 4 * D : 2 * D;
+    /* Runs are too short for the hardware to see them coming. */
+    for (int64_t u = first; (n = ITEM(next_run)(units, g, is_taken, last, &u, &start));)
+        prefetch((const char *)x->k + (g * x->head_stride / D + start) * bytes, n * bytes);
+    for (int64_t u = first; (n = ITEM(next_run)(units, g, is_taken, last, &u, &start)); done += n)
+        for (int64_t part = 0; part < n; part += KEYS_AT_ONCE) {
+            int64_t count = n - part < KEYS_AT_ONCE ? n - part : KEYS_AT_ONCE;
+            int64_t from = g * x->head_stride + (start + part) * D;
+            const float *k = ITEM(widen)(x->k, x->type, from, count * D, wide);
+            prefetch((const char *)x->v + from / D * bytes, count * bytes);
+            for (int p = 0; p < x->P; p++)
+                ITEM(dots)(q + p * D, k, count, D, room + p * num_keys + done + part);
+        }
+    for (int p = 0; p < x->P; p++) {
+        float *scores = room + p * num_keys;
+        if (kept) memcpy(kept + p * kept_stride, scores, (size_t)num_keys * sizeof(float));
+        if (!ITEM(weigh)(&read[p], scores, num_keys, scores, D))
+            memset(scores, 0, (size_t)num_keys * sizeof(float));
+    }
+    done = 0;
+    for (int64_t u = first; (n = ITEM(next_run)(units, g, is_taken, last, &u, &start)); done += n)
+        for (int64_t part = 0; part < n; part += KEYS_AT_ONCE) {
+            int64_t count = n - part < KEYS_AT_ONCE ? n - part : KEYS_AT_ONCE;
+            int64_t from = g * x->head_stride + (start + part) * D;
+            const float *v = ITEM(widen)(x->v, x->type, from, count * D, wide);
+            for (int p = 0; p < x->P; p++)
+                ITEM(add_rows)(read[p].out, room + p * num_keys + done + part, v, count, D);
+        }
+}
+
+/* The units that one token did not take; `room` holds the weights of one head: [last - first]. */
+INLINE void ITEM(attend_rest)(const Units *units, int64_t g, int64_t first, int64_t last,
+                              float *log_mass, Sums *rest, float *room, int P, int D) {
+    float wide[KEYS_AT_ONCE * MAX_HEAD_DIM];
+    const int64_t *sizes = units->sizes + g * units->U;
+    for (int p = 0; p < P; p++) {
+        if (!ITEM(weigh)(&rest[p], log_mass + p * units->U + first, last - first, room, D)) continue;
+        for (int64_t u = first; u < last; u++)
+            room[u - first] = sizes[u] ? room[u - first] / (float)sizes[u] : 0.0f;
+        for (int64_t u = first; u < last;) {
+            /* Columns that follow each other are rows that follow each other. */
+            int64_t column = column_of(units, g, u), count = 1;
+            while (u + count < last && count < KEYS_AT_ONCE && column >= 0 &&
+                   column_of(units, g, u + count) == column + count)
+                count++;
+            if (column >= 0) {
+                const float *sums =
+                    ITEM(widen)(units->value_sums, units->type, column * D, count * D, wide);
+                ITEM(add_rows)(rest[p].out, room + u - first, sums, count, D);
+            }
+            u += count;
+        }
+    }
+}
+
+INLINE void ITEM(attend_units)(const UnitsCall *call, int64_t g, int64_t first, int64_t last,
+                               Sums *read, Sums *rest, float *room, float *kept,
+                               int64_t kept_stride, int D) {
+    const Keys *x = call->keys;
+    const Units *units = call->units;
+    int64_t T = call->T, U = units->U, P = x->P, H = x->G * P;
+    for (int64_t t = 0; t < T; t++, read += P, rest += P) {
+        const uint8_t *is_taken = call->taken + (g * T + t) * U;
+        int64_t row = t * H + g * P, num_keys = 0;
+        float *log_mass = call->log_mass + row * U;
+        for (int64_t u = first; u < last; u++) num_keys += is_taken[u] ? units->sizes[g * U + u] : 0;
+        for (int64_t p = 0; p < P; p++) {
+            clear(&read[p], D);
+            clear(&rest[p], D);
+            for (int64_t u = first; u < last; u++)
+                log_mass[p * U + u] = is_taken[u] ? -INFINITY : log_mass[p * U + u];
+        }
+        if (num_keys)
+            ITEM(attend_taken)(x, units, g, first, last, call->q + row * D, is_taken, num_keys, read,
+                               room, t == T - 1 ? kept : NULL, kept_stride, D);
+        if (call->is_estimating)
+            ITEM(attend_rest)(units, g, first, last, log_mass, rest, room, (int)P, D);
+    }
+}
+
+static void ITEM(units)(const UnitsCall *call, int64_t g, int64_t first, int64_t last, Sums *read,
+                        Sums *rest, float *room, float *kept, int64_t kept_stride) {
+    BY_HEAD_DIM(call->keys->D, ITEM(attend_units)(call, g, first, last, read, rest, room, kept,
+                                                  kept_stride, DIM));
+}
+
+/* ---- a sample of what was missed ---------------------------------------------------------------- */
+
+static float ITEM(score_slot)(const Keys *x, int64_t g, int64_t slot, const float *q) {
+    float room[MAX_HEAD_DIM];
+    int64_t from = g * x->head_stride + slot * x->D;
+    return ITEM(dot)(q, ITEM(widen)(x->k, x->type, from, x->D, room), x->D);
+}
+
+/* Greatest scores that unread units can hold: [U], -inf where read. */
+static void ITEM(reach)(const float *log_mass, const float *linear, const float *radii, float norm,
+                        int64_t U, float *most) {
+    for (int64_t u = 0; u < U; u++)
+        most[u] = log_mass[u] == -INFINITY ? -INFINITY : linear[u] + norm * radii[u];
+}
+
+static const Items ITEM(items) = {
+    .prefix = ITEM(prefix),
+    .body = ITEM(body),
+    .add_evidence = ITEM(add_evidence),
+    .score = ITEM(score),
+    .log_sum_exp = ITEM(log_sum_exp),
+    .shares = ITEM(shares),
+    .add_benefit = ITEM(add_benefit),
+    .units = ITEM(units),
+    .products = ITEM(products),
+    .score_slot = ITEM(score_slot),
+    .reach = ITEM(reach),
+};
