@@ -19,7 +19,7 @@ from kv_store.errors import (
 )
 from kv_store.layout import CLUSTER_TENSORS, Layout
 from kv_store.listing import DocumentInfo
-from kv_store.load import load_resident
+from kv_store.load import load_clusters, load_resident
 from kv_store.manifest import DocumentParams, Manifest
 from kv_store.store import Store
 from kv_store.writer import DocumentWriter
@@ -36,6 +36,7 @@ __all__ = [
     "CLUSTER_TENSORS",
     "ResidentDocument",
     "ClusterTables",
+    "load_clusters",
     "load_resident",
     "StoreError",
     "InvalidName",

@@ -21,9 +21,10 @@ class ClusterTables:
     """The clusters of one layer. Size or count 0 marks padding, which may stand between segments.
 
     Per cluster: `starts` (slot of the document) and `sizes` [G, C] int64; `centroids`,
-    `value_sums`, `variances` [G, C, D] float16 and `radii` [G, C] float32. Per group: `group_starts`
-    (column of its first cluster), `group_counts` (clusters) and `group_sizes` (keys) [G, P] int64,
-    the others likewise. Columns are in segment order; the slots of a group are contiguous.
+    `value_sums`, `variances` [G, C, D] float16 and `radii` [G, C] float32. Per group:
+    `group_starts` (column of its first cluster), `group_counts` (clusters) and `group_sizes` (keys)
+    [G, P] int64, the others likewise. Columns are in segment order; the slots of a group are
+    contiguous.
     """
 
     starts: Tensor

@@ -6,7 +6,10 @@ cache, before anybody sees them. Refuses to know what they are used for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +18,9 @@ from kv_store.clusters import TableBuilder
 from kv_store.device import SLOT_TENSORS, ResidentDocument, widest
 from kv_store.disk import TensorFile, byte_rows, torch_dtype
 from kv_store.document import Document
-from kv_store.layout import CLUSTER_TENSORS
+from kv_store.layout import CLUSTER_TENSORS, Layout
+
+T = TypeVar("T")
 
 _INT_TABLES = [name for name, (dtype, _, _) in CLUSTER_TENSORS.items() if dtype == "int32"]
 _FLOAT_TABLES = [name for name in CLUSTER_TENSORS if name not in _INT_TABLES]
@@ -26,81 +31,101 @@ def load_resident(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    has_clusters: bool = True,
     num_threads: int = 2,
     verify: bool = True,
 ) -> ResidentDocument:
-    """Bring a finished document into memory, complete with its cluster tables.
+    """Bring a finished document into memory, with its cluster tables if `has_clusters`.
 
     `num_threads` read beside each other and are gone on return. `verify=False` skips the tensor
     checksums, to measure what they cost. Errors: DocumentDamaged, naming the file.
     """
     layout = document.layout
     resident = ResidentDocument.for_layout(layout, dtype=dtype, device=device)
-    reader = _Reader(document, resident, verify=verify)
-    jobs = [
-        (segment_idx, kv_head_idx)
-        for segment_idx in range(layout.num_segments)
-        for kv_head_idx in range(layout.num_kv_heads)
-    ]
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="kv-read") as pool:
-        tails = list(pool.map(lambda job: reader.read_head(*job), jobs))
+    stored = torch_dtype(layout.kv_dtype)
+    is_direct = resident.device.type == "cpu" and resident.dtype == stored
+
+    def read(head: tuple[int, int]) -> dict[str, Tensor]:
+        with document.open_head(*head, verify=verify) as file:
+            return _read_kv(file, resident, layout, *head, is_direct=is_direct)
+
+    tails = _for_each(read, _heads(layout), num_threads)
     for segment_idx in range(layout.num_segments):
         resident.num_sealed = layout.segment_span(segment_idx)[1]
         first = segment_idx * layout.num_kv_heads
         if tails[first]:
             resident.append_tail(tails[first : first + layout.num_kv_heads])
-    if reader.tables is not None:
-        resident.clusters = reader.tables.finish(device=resident.device)
+    if has_clusters:
+        load_clusters(document, resident, num_threads=num_threads, verify=verify)
     return resident
 
 
-class _Reader:
-    """Reads files of one document into one resident document; threads share it."""
+def load_clusters(
+    document: Document, resident: ResidentDocument, *, num_threads: int = 2, verify: bool = True
+) -> None:
+    """Give a resident document its cluster tables, if it has any on disk.
 
-    def __init__(self, document: Document, resident: ResidentDocument, *, verify: bool) -> None:
-        self._document = document
-        self._resident = resident
-        self._verify = verify
-        stored = torch_dtype(document.layout.kv_dtype)
-        self._is_direct = resident.device.type == "cpu" and resident.dtype == stored
-        self.tables = self._allocate_tables()
+    Errors: DocumentDamaged, naming the file.
+    """
+    layout, heads = document.layout, _heads(document.layout)
+    with ExitStack() as files:
+        opened = {
+            head: files.enter_context(document.open_head(*head, verify=verify)) for head in heads
+        }
+        if any("cluster_sizes" not in file.entries for file in opened.values()):
+            return
+        tables = resident.table_builder(
+            [layout.segment_span(segment_idx)[0] for segment_idx in range(layout.num_segments)],
+            [
+                widest(_columns(opened[segment_idx, head]) for head in range(layout.num_kv_heads))
+                for segment_idx in range(layout.num_segments)
+            ],
+        )
+        _for_each(lambda head: _read_tables(opened[head], tables, *head), heads, num_threads)
+    resident.clusters = tables.finish(device=resident.device)
 
-    def _open(self, segment_idx: int, kv_head_idx: int) -> TensorFile:
-        return self._document.open_head(segment_idx, kv_head_idx, verify=self._verify)
 
-    def _allocate_tables(self) -> TableBuilder | None:
-        """Cluster tables as wide as the headers say; None for a document without clusters."""
-        layout = self._document.layout
-        first_slots, widths = [], []
-        for segment_idx in range(layout.num_segments):
-            columns = []
-            for kv_head_idx in range(layout.num_kv_heads):
-                with self._open(segment_idx, kv_head_idx) as file:
-                    if "cluster_sizes" not in file.entries:
-                        return None
-                    shapes = file.entries["cluster_sizes"].shape, file.entries["group_sizes"].shape
-                    columns.append((shapes[0][1], shapes[1][1]))
-            first_slots.append(layout.segment_span(segment_idx)[0])
-            widths.append(widest(columns))
-        return self._resident.table_builder(first_slots, widths)
+def _heads(layout: Layout) -> list[tuple[int, int]]:
+    """(segment, KV head) of every file of segments."""
+    return [
+        (segment_idx, kv_head_idx)
+        for segment_idx in range(layout.num_segments)
+        for kv_head_idx in range(layout.num_kv_heads)
+    ]
 
-    def read_head(self, segment_idx: int, kv_head_idx: int) -> dict[str, Tensor]:
-        """Fill one KV head's part of one segment; return the sliding tensors that still matter."""
-        layout = self._document.layout
-        start, end = layout.segment_span(segment_idx)
-        with self._open(segment_idx, kv_head_idx) as file:
-            if self._is_direct:
-                for name in SLOT_TENSORS:
-                    slots = self._resident.slots(name, kv_head_idx, start, end)
-                    file.read_into(name, byte_rows(slots))
-            else:
-                stored = {name: file.read(name) for name in SLOT_TENSORS}
-                self._resident.fill(kv_head_idx, start, end, stored)
-            if self.tables is not None:
-                _read_tables(file, self.tables, segment_idx, kv_head_idx)
-            if not layout.num_sliding_layers or end <= layout.num_tokens - layout.sliding_window:
-                return {}
-            return {name: file.read(name) for name in ("sliding_k", "sliding_v")}
+
+def _for_each(
+    work: Callable[[tuple[int, int]], T], heads: list[tuple[int, int]], num_threads: int
+) -> list[T]:
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="kv-read") as pool:
+        return list(pool.map(work, heads))
+
+
+def _read_kv(
+    file: TensorFile,
+    resident: ResidentDocument,
+    layout: Layout,
+    segment_idx: int,
+    kv_head_idx: int,
+    *,
+    is_direct: bool,
+) -> dict[str, Tensor]:
+    """Fill one KV head's part of one segment; return the sliding tensors that still matter."""
+    start, end = layout.segment_span(segment_idx)
+    if is_direct:
+        for name in SLOT_TENSORS:
+            file.read_into(name, byte_rows(resident.slots(name, kv_head_idx, start, end)))
+    else:
+        stored = {name: file.read(name) for name in SLOT_TENSORS}
+        resident.fill(kv_head_idx, start, end, stored)
+    if not layout.num_sliding_layers or end <= layout.num_tokens - layout.sliding_window:
+        return {}
+    return {name: file.read(name) for name in ("sliding_k", "sliding_v")}
+
+
+def _columns(file: TensorFile) -> tuple[int, int]:
+    """Clusters and groups of one file."""
+    return file.entries["cluster_sizes"].shape[1], file.entries["group_sizes"].shape[1]
 
 
 def _read_tables(

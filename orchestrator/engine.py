@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from kv_store import Document, DocumentInfo, Store, load_resident
+from kv_store import Document, DocumentInfo, Store, load_clusters, load_resident
 from orchestrator import sources
 from orchestrator.answering import OpenDocument, Question, Session, answer_question, score_answer
 from orchestrator.config import EngineConfig, resolve
@@ -239,11 +240,16 @@ class Engine:
         document = self.store.open(name)
         try:
             self._check_model(document)
+            decoder, params = self.model.decoder, document.manifest.params
             resident = load_resident(
-                document, dtype=self.model.decoder.dtype, device=self.model.decoder.device
+                document, dtype=decoder.dtype, device=decoder.device, has_clusters=False
             )
-            params = document.manifest.params
-            context = DocumentContext(resident, num_sinks=params.sinks, num_window=params.window)
+            context = DocumentContext(
+                resident,
+                num_sinks=params.sinks,
+                num_window=params.window,
+                load_clusters=partial(load_clusters, document, resident),
+            )
             # Evidence needs them last; they are checked first, before any text is given out.
             _ = document.text, document.spans
             opened = OpenDocument(document=document, context=context)

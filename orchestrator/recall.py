@@ -1,9 +1,9 @@
 """From the recall of some queries of each layer to the mean over all, with an interval.
 
-Owns which queries are sampled and the statistics of their mean; pure numpy, knows no attention. The
-sample is stratified (Cochran 1977, chapter 5): layers differ far more than anything else, and the
-recall of a layer drifts from query to query, so each run of a few queries of each layer is a stratum
-of its own, from which two are drawn. `docs/maths.md`, section 4.
+Owns which queries are sampled and the statistics of their mean; pure numpy, knows no attention.
+The sample is stratified (Cochran 1977, chapter 5): layers differ far more than anything else, and
+the recall of a layer drifts from query to query, so each run of a few queries of each layer is a
+stratum of its own, from which two are drawn. `docs/maths.md`, section 4.
 """
 
 from __future__ import annotations

@@ -51,9 +51,7 @@ class Composed:
         if q.shape[0] == 1:
             return self.attend(q, k, v, scale=scale)
         before = self.attend(q, k[:, :past], v[:, :past], scale=scale)
-        return merge_parts(
-            [before, self.attend_causal(q, k[:, past:], v[:, past:], scale=scale)]
-        )
+        return merge_parts([before, self.attend_causal(q, k[:, past:], v[:, past:], scale=scale)])
 
     def attend_body(
         self, q: Tensor, k: Tensor, v: Tensor, steady: Part, *, scale: float, evidence: Tensor
@@ -87,15 +85,13 @@ class Composed:
         is_estimating: bool,
         evidence: Tensor | None,
     ) -> Step:
-        """`steady` merged with the clusters of k, v [G, S, D] that each query of the tile reads and,
-        if `is_estimating`, with what stands for the others.
+        """`steady` merged with the clusters of k, v [G, S, D] that each query of the tile reads
+        and, if `is_estimating`, with what stands for the others.
 
         evidence [G, S], where given, gains the last query's mass of what it read, as a share of all
         that was read.
         """
-        selection = select(
-            index, q, scale=scale, lse_steady=steady.lse, limit=limit, levels=levels
-        )
+        selection = select(index, q, scale=scale, lse_steady=steady.lse, limit=limit, levels=levels)
         read = steady
         if selection.slots.shape[1]:
             part, shares = self._operations.attend_slots(

@@ -111,7 +111,8 @@ def attend_slots(
 def attend_estimated(log_mass: Tensor, value_sums: Tensor, sizes: Tensor) -> Part:
     """The part of keys that were not read, each unit standing for its keys.
 
-    log_mass: [T, H, U] float32, -inf where the unit does not count; value_sums: [G, U, D]; sizes: [G, U] keys of each unit, 0 at padding.
+    log_mass: [T, H, U] float32, -inf where the unit does not count; value_sums: [G, U, D];
+    sizes: [G, U] keys of each unit, 0 at padding.
     """
     weights, lse = _softmax(fold_rows(log_mass.clamp(min=LOWEST), value_sums.shape[0]))
     weights /= sizes.clamp(min=1).unsqueeze(1)

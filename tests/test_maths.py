@@ -7,12 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestrator.recall import PairSample, predict_mean
+from orchestrator.recall import QuerySample, estimate_mean
 from sparse_attn.estimate import bound_missed_share, sample_recall
 from sparse_attn.reference import attend, attend_estimated
-from sparse_attn.select.base import Tail
+from sparse_attn.select.base import Selection, Tail
 from sparse_attn.select.centroid import CentroidIndex, Units, select_nothing
 from sparse_attn.state import Part, merge_parts
 
@@ -35,11 +36,22 @@ def make_units(k: Tensor, v: Tensor, *, size: int) -> Units:
     )
 
 
-def make_tail(q: Tensor, k: Tensor, v: Tensor, *, size: int) -> Tail:
-    """The tail when nothing of k, v is read."""
+def make_selection(q: Tensor, k: Tensor, v: Tensor, *, size: int) -> Selection:
+    """The selection that reads nothing of k, v."""
     units, nothing = make_units(k, v, size=size), torch.zeros(k.shape[0], 1, dtype=torch.int64)
     index = CentroidIndex(clusters=units, groups=units, group_starts=nothing, group_counts=nothing)
-    return select_nothing(index, q, scale=SCALE).tail
+    return select_nothing(index, q, scale=SCALE)
+
+
+def make_tail(q: Tensor, k: Tensor, v: Tensor, *, size: int) -> Tail:
+    """The tail when nothing of k, v is read."""
+    return make_selection(q, k, v, size=size).tail
+
+
+def attend_tail(q: Tensor, k: Tensor, v: Tensor, *, size: int) -> Part:
+    """The estimated part when nothing of k, v is read."""
+    selection = make_selection(q, k, v, size=size)
+    return attend_estimated(selection.tail.log_mass, selection.value_sums, selection.tail.sizes)
 
 
 def log_mean_exp(num_keys: int, sigma: float) -> float:
@@ -73,11 +85,7 @@ def test_estimate_bends_at_the_critical_spread(num_keys: int) -> None:
 def test_one_key_is_estimated_exactly() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 8), torch.randn(2, 32, 8), torch.randn(2, 32, 8)
-    tail = make_tail(q, k, v, size=1)
-    part, exact = (
-        attend_estimated(tail.log_mass, tail.value_sums, tail.sizes),
-        attend(q, k, v, scale=SCALE),
-    )
+    part, exact = attend_tail(q, k, v, size=1), attend(q, k, v, scale=SCALE)
     torch.testing.assert_close(part.lse, exact.lse, atol=1e-5, rtol=0)
     torch.testing.assert_close(part.out, exact.out, atol=1e-5, rtol=0)
 
@@ -102,10 +110,7 @@ def test_estimated_tail_beats_a_dropped_one() -> None:
     q, more = torch.randn(8, 2, 16), torch.randn(1, 16, 16)
     read = attend(q, more, more, scale=SCALE)
     exact = merge_parts([read, attend(q, k, v, scale=SCALE)]).out
-    tail = make_tail(q, k, v, size=16)
-    estimated = merge_parts(
-        [read, attend_estimated(tail.log_mass, tail.value_sums, tail.sizes)]
-    ).out
+    estimated = merge_parts([read, attend_tail(q, k, v, size=16)]).out
     assert (estimated - exact).norm() < 0.25 * (read.out - exact).norm()
 
 
@@ -148,32 +153,57 @@ def test_bound_holds_where_it_is_tight_and_where_it_is_vacuous() -> None:
         assert (bound.min() < 0.99) if spread < 0.1 else (bound > 0.99).all()
 
 
-@pytest.mark.parametrize("num_queries", [1, 5, 26])
-def test_every_query_is_sampled_by_as_many_layers_as_any_other(num_queries: int) -> None:
-    sample = PairSample(num_layers=30, period=4, seed=7)
+@pytest.mark.parametrize("num_queries", [8, 13, 26])
+def test_two_queries_of_each_full_run_are_sampled_whatever_the_tiles(num_queries: int) -> None:
+    sample = QuerySample(period=4, seed=7)
     counts = np.zeros(num_queries, dtype=int)
-    for layer in range(30):
+    for layer in range(200):
         # Tiles of 3 queries choose what the whole would.
-        tiles = range(0, num_queries, 3)
         chosen = [
             first + t
-            for first in tiles
+            for first in range(0, num_queries, 3)
             for t in sample.chosen(layer, first, min(3, num_queries - first))
         ]
-        assert chosen == list(sample.chosen(layer, 0, num_queries))
+        assert chosen == sample.chosen(layer, 0, num_queries)
+        for first in range(0, num_queries - 7, 8):
+            assert sum(first <= query < first + 8 for query in chosen) == 2
         counts[chosen] += 1
-    assert counts.min() >= 7
-    assert counts.max() <= 8
+    assert counts.min() >= 25
+    assert counts.max() <= 80  # 50 each are expected
 
 
-def test_prediction_is_exact_where_the_additive_model_is() -> None:
-    rng = np.random.default_rng(0)
-    table = 0.5 + 0.2 * rng.random((8, 1)) + 0.2 * rng.random((1, 16))
-    sample = PairSample(num_layers=8, period=4, seed=1)
-    pairs = [(layer, t) for layer in range(8) for t in sample.chosen(layer, 0, 16)]
+def sampled(table: NDArray[np.float64], *, period: int, seed: int) -> tuple[float, float]:
+    """Mean of a [layers, queries] table from its sample, and its standard error."""
+    pairs = [
+        (layer, t)
+        for layer in range(table.shape[0])
+        for t in QuerySample(period=period, seed=seed).chosen(layer, 0, table.shape[1])
+    ]
     layers, queries = zip(*pairs, strict=True)
     values = [float(table[pair]) for pair in pairs]
-    found = predict_mean(values, layers, queries, num_layers=8, num_queries=16)
-    assert found.mean == pytest.approx(table.mean(), abs=1e-9)
-    assert found.standard_error < 1e-9
-    assert abs(float(np.mean(values[:10])) - table.mean()) > 1e-3
+    return estimate_mean(values, layers, queries, num_queries=table.shape[1], period=period)
+
+
+def test_differences_between_layers_and_runs_cost_nothing() -> None:
+    rng = np.random.default_rng(0)
+    table = np.repeat(rng.random((8, 5)), 8, axis=1)
+    mean, error = sampled(table, period=4, seed=1)
+    assert mean == pytest.approx(table.mean(), abs=1e-12)
+    assert error == 0.0
+
+
+@pytest.mark.parametrize("num_queries", [17, 20, 23])
+def test_a_run_that_is_cut_short_keeps_the_mean_unbiased(num_queries: int) -> None:
+    rng = np.random.default_rng(1)
+    table = 0.5 + 0.1 * rng.random((20, num_queries))
+    found = [sampled(table, period=8, seed=seed) for seed in range(300)]
+    errors = np.array([mean - table.mean() for mean, _ in found])
+    assert abs(errors.mean()) < 4 * errors.std() / math.sqrt(300)
+    inside = np.mean([abs(mean - table.mean()) <= 1.96 * error for mean, error in found])
+    assert inside >= 0.9
+
+
+def test_one_sample_alone_has_the_widest_spread_that_a_share_can_have() -> None:
+    estimate = estimate_mean([0.7], [0], [0], num_queries=1, period=1)
+    assert estimate.mean == 0.7
+    assert estimate.standard_error == 0.5

@@ -77,9 +77,7 @@ def _selection_error(seed: int, levels: int) -> tuple[float, int]:
         selection = select(index, q, scale=SCALE, lse_steady=steady.lse, limit=limit, levels=levels)
         wrong += not _adds_up(selection)
     part, _ = attend_slots(q, k, v, selection.slots, visible=selection.visible, scale=SCALE)
-    tail = attend_estimated(
-        selection.tail.log_mass, selection.value_sums, selection.tail.sizes
-    )
+    tail = attend_estimated(selection.tail.log_mass, selection.value_sums, selection.tail.sizes)
     merged = merge_parts([steady, part, tail])
     return _error(merged, reference.attend(q, k, v, scale=SCALE)), wrong
 

@@ -16,6 +16,7 @@ from orchestrator.selection import decide
 from orchestrator.types import AskOptions, Mode
 from sparse_attn.api import Backend
 from sparse_attn.select.base import Limit
+from sparse_attn.select.centroid_build import CentroidParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +66,11 @@ def measure_decode(
             AskOptions(mode=mode, budget=budget if mode == "centroid" else None),
             num_tokens=num_tokens,
             num_steady=context.num_steady,
-            keys_per_cluster=16,
+            keys_per_cluster=CentroidParams().keys_per_cluster,
         )
-        limit = Limit(keys=decision.retrieved_keys) if mode == "centroid" else None
+        limit = Limit(keys=decision.retrieved_keys or 0)
         plan = AttentionPlan(mode=mode, limit=limit, levels=decision.levels)
-        recorder = Recorder(context.resident)
+        recorder = Recorder(context.resident, recall_period=plan.recall_period)
         attention = QuestionAttention(
             context,
             plan,

@@ -10,6 +10,7 @@ sliding-window layers attend to the last `window` keys and are neither selected 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +51,20 @@ class DocumentContext:
     """A document in memory, ready for questions: its KV and the look-up tables of each layer.
 
     Shared by every question on the document and changed by none. num_sinks, num_window: the steady
-    zone.
+    zone; load_clusters: brings the cluster tables where `resident` was loaded without, when a
+    question first needs them.
     """
 
-    def __init__(self, resident: ResidentDocument, *, num_sinks: int, num_window: int) -> None:
+    def __init__(
+        self,
+        resident: ResidentDocument,
+        *,
+        num_sinks: int,
+        num_window: int,
+        load_clusters: Callable[[], None] | None = None,
+    ) -> None:
         self.resident = resident
+        self._load_clusters = load_clusters
         self.num_tokens = resident.num_tokens
         self.num_sinks = min(num_sinks, self.num_tokens)
         self.num_window = min(num_window, self.num_tokens - self.num_sinks)
@@ -69,6 +79,11 @@ class DocumentContext:
     def body(self) -> slice:
         """Slots outside the steady zone."""
         return slice(self.num_sinks, self.num_tokens - self.num_window)
+
+    def require_clusters(self) -> None:
+        """Bring the cluster tables if they are not here yet; not in inference mode."""
+        if not self.resident.clusters and self._load_clusters is not None:
+            self._load_clusters()
 
     def index(self, full_layer: int) -> CentroidIndex:
         """Look-up tables of the `full_layer`-th full-attention layer, built on first use."""
@@ -133,6 +148,8 @@ class QuestionAttention:
         self._context, self._plan, self._backend, self._recorder = context, plan, backend, recorder
         self._scale, self._windows = scale, windows
         self._generator = torch.Generator().manual_seed(plan.seed)
+        if plan.mode != "exact":
+            context.require_clusters()
         self._queries = QuerySample(period=plan.recall_period, seed=plan.seed)
         self._places = _count_per_kind(windows)
         self._tails = [self._make_tail(layer, capacity_tokens) for layer in range(len(windows))]

@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from orchestrator.model.config import Activation
 
-
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """`linear(x [T, K], weight [N, K], bias [N] or None) -> [T, N]` in x's dtype."""
 

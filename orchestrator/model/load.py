@@ -54,8 +54,9 @@ def load_model(
     models_dir: Path | None = None,
     linear: Linear = functional.linear,
 ) -> LoadedModel:
-    """Load a known name, a GGUF file, a Hugging Face directory or `shape:NAME[@LAYERS]`; `linear` is
-    what its decoder multiplies weights with.
+    """Load a known name, a GGUF file, a Hugging Face directory or `shape:NAME[@LAYERS]`.
+
+    linear: what its decoder multiplies weights with.
 
     Raises ModelNotFound, ModelUnsupported or ModelDamaged.
     """

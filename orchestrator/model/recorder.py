@@ -26,8 +26,9 @@ _ROUNDING = 1e-5
 
 
 class Recorder:
-    """Accumulates over one question; `resident` gives shapes only, `recall_period` the strata of the
-    recall sample.
+    """Accumulates over one question.
+
+    resident: gives shapes only; recall_period: one query in so many of a layer is sampled.
     """
 
     def __init__(self, resident: ResidentDocument, *, recall_period: int) -> None:

@@ -16,9 +16,15 @@ from sparse_attn import torch_backend
 from sparse_attn.composed import Composed
 from sparse_attn.estimate import MAX_LOG_RATIO, UNIFORM_SHARE
 from sparse_attn.native import library
-from sparse_attn.native.library import KeysOf, UnitsOf
+from sparse_attn.native.structs import KeysOf, UnitsOf
 from sparse_attn.select.base import Limit, Tail
-from sparse_attn.select.centroid import CentroidIndex, Units, expand_runs, lookup_bytes, opening_limit
+from sparse_attn.select.centroid import (
+    CentroidIndex,
+    Units,
+    expand_runs,
+    lookup_bytes,
+    opening_limit,
+)
 from sparse_attn.state import Part, merge_parts
 from sparse_attn.step import Step
 

@@ -46,8 +46,8 @@ class Tail:
 
     log_mass: [T, H, U] float32, estimated log sum of exp(score) over the unit, -inf where the query
     read it; log_mass_linear: the same without the spread within units, nowhere masked.
-    radii: [G, U] float32, greatest distance of a key from the centroid; starts, sizes: [G, U] int64,
-    the unit's run of slots.
+    radii: [G, U] float32, greatest distance of a key from the centroid; starts, sizes: [G, U]
+    int64, the unit's run of slots.
     """
 
     log_mass: Tensor

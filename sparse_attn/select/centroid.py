@@ -35,10 +35,10 @@ _UNOPENED_SHARE = 0.25
 class Units:
     """Runs of slots with their statistics, of one layer: clusters, or groups of clusters.
 
-    centroids, variances, value_sums: [G, U, D], any float type; log_sizes (-inf at padding), critical
-    (the spread sqrt(2 log n) where the estimate bends), rank_weights (benefit of reading the unit
-    per share of attention), radii: [G, U] float32; starts, sizes: [G, U] int64, in slots. The large
-    tables are those of the store, never copied.
+    centroids, variances, value_sums: [G, U, D], any float type; log_sizes (-inf at padding),
+    critical (the spread sqrt(2 log n) where the estimate bends), rank_weights (benefit of reading
+    the unit per share of attention), radii: [G, U] float32; starts, sizes: [G, U] int64, in slots.
+    The large tables are those of the store, never copied.
     """
 
     centroids: Tensor
@@ -143,7 +143,8 @@ def select(
 
     q: [T, H, D]; lse_steady: [T, H], natural log of the mass that is read anyway. For each query
     and KV head, clusters are ranked by the share of attention they are expected to hold, summed
-    over the heads of the group, over the root of their size; ties go to the lowest slot. A cluster is read whole or not at all.
+    over the heads of the group, over the root of their size; ties go to the lowest slot. A cluster
+    is read whole or not at all.
     levels: 1 looks at every cluster; 2 looks at groups first and only at the clusters of groups
     that some query of the tile opened.
     """

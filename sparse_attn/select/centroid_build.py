@@ -42,7 +42,7 @@ class CentroidParams:
 
 
 class _Stats(NamedTuple):
-    """Statistics of runs of keys: [B, U, D] float16 means, spreads and sums, [B, U] radii, sizes."""
+    """Statistics of runs of keys: [B, U, D] float16 means, spreads, sums; [B, U] radii, sizes."""
 
     centroids: Tensor
     variances: Tensor

@@ -137,7 +137,7 @@ def test_another_format_version_is_refused_by_name(store: Store) -> None:
     raw[-36:-4] = b"0" * 32
     raw[-36:-4] = checksum(bytes(raw)).encode()
     with damaged(path, bytes(raw)):
-        with pytest.raises(FormatUnsupported, match="format version 9, limit 1; ingest"):
+        with pytest.raises(FormatUnsupported, match="format version 9, limit 2; ingest"):
             store.open(NAME)
         damage = store.list()[0].damage
         assert damage is not None

@@ -94,9 +94,7 @@ def test_reading_everything_through_clusters_is_dense_attention(
     q, _, _ = random_qkv(num_tokens, 1, seed=seed + 1, spread=2.0)
     selection = run_select(index, q, k, v, Limit(keys=NUM_KEYS), levels)
     part, _ = attend_slots(q, k, v, selection.slots, visible=selection.visible, scale=SCALE)
-    tail = attend_estimated(
-        selection.tail.log_mass, selection.value_sums, selection.tail.sizes
-    )
+    tail = attend_estimated(selection.tail.log_mass, selection.value_sums, selection.tail.sizes)
     ours = merge_parts([steady_part(q, k, v), part, tail])
     dense = reference.attend(q, k, v, scale=SCALE)
     torch.testing.assert_close(ours.out, dense.out, atol=1e-5, rtol=0)
