@@ -79,7 +79,8 @@ def environment() -> dict[str, object]:
     """Commit, machine, versions, threads, arguments: a figure is worth nothing without them."""
     import torch
 
-    commit = _git("rev-parse", "HEAD")
+    # A copy without its history says where it came from.
+    commit = _git("rev-parse", "HEAD") or os.environ.get("LONGSPAN_COMMIT", "")
     return {
         "commit": commit or None,
         "dirty": bool(_git("status", "--porcelain")) if commit else None,

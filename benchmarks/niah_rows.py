@@ -4,7 +4,9 @@ Owns the grid, the modes, the run, and the file that carries it from one row to 
 to judge. Every document is ingested once, asked in the modes of A3, and scored in the sparse modes
 of A4 with several seeds of the recall sample.
 
-    --rows FILE     judge this file instead of measuring
+    --rows FILE...  judge these files, the parts of one run, instead of measuring
+    --part I/N      measure every N-th case from the I-th on: parts of a run can share a machine
+    --out FILE      where the run is written
     --lengths, --depths, --haystacks, --repeats, --threads     a smaller run (no row holds for it)
 """
 
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
@@ -93,6 +95,33 @@ class Measured:
             source=path.name,
         )
 
+    @classmethod
+    def read_parts(cls, paths: Sequence[Path]) -> Measured:
+        """The parts of one run, put together; seconds add up over parts.
+
+        Raises SystemExit where they are not parts of one run of one commit on one kind of machine.
+        """
+        parts = [cls.read(path) for path in paths]
+        first = parts[0]
+        for path, part in zip(paths, parts, strict=True):
+            if part.grid != first.grid or part._origin_of_part() != first._origin_of_part():
+                raise SystemExit(
+                    f"bar: {path} is of another grid, commit or machine than {paths[0]}; the parts "
+                    "of one run are judged together; measure them alike"
+                )
+        return replace(
+            first,
+            rows=[row for part in parts for row in part.rows],
+            reports=[report for part in parts for report in part.reports],
+            seconds={
+                name: round(sum(part.seconds[name] for part in parts), 1) for name in first.seconds
+            },
+            source=", ".join(path.name for path in paths),
+        )
+
+    def _origin_of_part(self) -> tuple[object, ...]:
+        return tuple(self.environment.get(name) for name in ("commit", "cpu", "threads"))
+
 
 @dataclass(slots=True, kw_only=True)
 class _Run:
@@ -101,12 +130,12 @@ class _Run:
     engine: Engine
     is_asked: bool
     repeats: int
+    seeds: Iterator[int]
     rows: list[NiahRow] = field(default_factory=list)
     reports: list[RecallReport] = field(default_factory=list)
     seconds: dict[str, float] = field(
         default_factory=lambda: {"ingest": 0.0, "ask": 0.0, "report": 0.0, "total": 0.0}
     )
-    seeds: Iterator[int] = field(default_factory=count)
 
     def measure(self, case: NiahCase) -> None:
         """Ingest the case once and do everything with it."""
@@ -138,11 +167,11 @@ def obtain(*, rows: bool, reports: bool) -> Measured:
     """
     options = _parse()
     if options.rows is not None:
-        measured = Measured.read(options.rows)
+        measured = Measured.read_parts(options.rows)
         missing = (rows and not measured.rows) or (reports and not measured.reports)
         if missing:
             raise SystemExit(
-                f"bar: {options.rows} has {len(measured.rows)} rows and {len(measured.reports)} "
+                f"bar: {measured.source} has {len(measured.rows)} rows and {len(measured.reports)} "
                 "reports; this row needs what is 0; run python -m benchmarks.niah_rows --save"
             )
         return measured
@@ -163,11 +192,14 @@ def _measure(options: argparse.Namespace, *, is_asked: bool, repeats: int) -> Me
         tempfile.TemporaryDirectory(prefix="longspan-niah-") as folder,
         Engine.load(store=Path(folder), threads=options.threads) as engine,
     ):
-        run = _Run(engine=engine, is_asked=is_asked, repeats=repeats)
-        num_cases = len(options.lengths) * len(options.depths) * len(options.haystacks)
-        for case_idx, case in enumerate(_cases(engine, options)):
+        part, num_parts = options.part
+        # No two parts draw the same samples.
+        seeds = count(part * 1_000_000)
+        run = _Run(engine=engine, is_asked=is_asked, repeats=repeats, seeds=seeds)
+        cases = list(_cases(engine, options))[part::num_parts]
+        for case_idx, case in enumerate(cases):
             run.measure(case)
-            note(f"{case_idx + 1}/{num_cases}  {_describe(run, case)}")
+            note(f"{case_idx + 1}/{len(cases)}  {_describe(run, case)}")
         return Measured(
             grid=grid,
             rows=run.rows,
@@ -208,7 +240,9 @@ def _describe(run: _Run, case: NiahCase) -> str:
 
 def _parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="niah_rows", allow_abbrev=False)
-    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--rows", type=Path, nargs="+")
+    parser.add_argument("--part", type=_read_part, default=(0, 1))
+    parser.add_argument("--out", type=Path, default=FILE)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS)
     parser.add_argument("--haystacks", choices=HAYSTACKS, nargs="+", default=HAYSTACKS)
@@ -218,10 +252,18 @@ def _parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)[0]
 
 
+def _read_part(text: str) -> tuple[int, int]:
+    """ "2/8" as (2, 8): the parts are 0/8 to 7/8."""
+    part, _, num_parts = text.partition("/")
+    if not (part.isdigit() and num_parts.isdigit() and int(part) < int(num_parts)):
+        raise argparse.ArgumentTypeError(f"part {text!r}; parts of 8 are 0/8 to 7/8")
+    return int(part), int(num_parts)
+
+
 def main() -> int:
     """Measure everything that A3, A4 and A5 need, and write it."""
-    obtain(rows=True, reports=True).write(FILE)
-    note(f"wrote {FILE}")
+    obtain(rows=True, reports=True).write(_parse().out)
+    note(f"wrote {_parse().out}")
     return 0
 
 

@@ -101,6 +101,19 @@ def test_given_file_is_judged_and_nothing_is_measured(
         niah_rows.obtain(rows=False, reports=True)
 
 
+def test_parts_of_a_run_are_judged_together_and_others_are_refused(tmp_path: Path) -> None:
+    made = make_measured()
+    files = [tmp_path / f"{part}.json" for part in range(3)]
+    made.write(files[0])
+    replace(made, rows=make_rows()[3:5]).write(files[1])
+    replace(made, environment={"commit": "other"}).write(files[2])
+    whole = Measured.read_parts(files[:2])
+    assert whole.rows == make_rows()[:5]
+    assert whole.seconds == {"total": 3.0}
+    with pytest.raises(SystemExit, match="another grid, commit or machine"):
+        Measured.read_parts(files)
+
+
 def test_a3_holds_and_falls() -> None:
     rows = make_rows()
     measured, holds = a3.judge(rows)
