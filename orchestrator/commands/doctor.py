@@ -48,6 +48,7 @@ def doctor(context: click.Context, as_json: bool, store: Path | None) -> None:
     checks = [
         _python(),
         *(_library(name) for name in _LIBRARIES),
+        _native(),
         _memory(),
         _gpus(),
         _store(store_path(store)),
@@ -70,6 +71,17 @@ def _library(name: str) -> Check:
         return Check(what=name, seen=version(name), is_fine=True)
     except PackageNotFoundError:
         return Check(what=name, seen=f"not installed; run: pip install {name}", is_fine=False)
+
+
+def _native() -> Check:
+    from sparse_attn.api import find_backend
+    from sparse_attn.errors import BackendUnknown
+
+    try:
+        find_backend("native")
+    except BackendUnknown as error:
+        return Check(what="native backend", seen=str(error), is_fine=False)
+    return Check(what="native backend", seen="compiled", is_fine=True)
 
 
 def _memory() -> Check:

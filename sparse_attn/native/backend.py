@@ -37,6 +37,7 @@ class NativeBackend(Composed):
 
     def __init__(self) -> None:
         super().__init__(torch_backend)
+        library.load()  # what is missing is said now, not in the middle of a question
         self._units: WeakKeyDictionary[Units, UnitsOf] = WeakKeyDictionary()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -118,7 +119,7 @@ class NativeBackend(Composed):
                 groups = index.groups
                 rest = self.attend_estimated(unopened.log_mass, groups.value_sums, groups.sizes)
                 out = merge_parts([part, rest]).out
-        num_attended, num_read = clusters.count_taken(taken)
+        num_attended, num_read = library.count_taken(taken, clusters.sizes)
         num_bytes += lookup_bytes(index.clusters, units.num_units)
         return Step(out, lse_read, tail, num_attended, num_read, num_bytes)
 

@@ -364,9 +364,25 @@ INLINE uint64_t rank_of(float x, int64_t i) {
     return (uint64_t)(~float_to_bits(x)) << 32 | (uint32_t)i;
 }
 
-static int compare_ranks(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return (x > y) - (x < y);
+enum { DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS, NUM_DIGITS = 3 };
+
+INLINE uint32_t digit_of(uint64_t rank, int digit) {
+    return (uint32_t)(rank >> (32 + digit * DIGIT_BITS)) & (DIGITS - 1);
+}
+
+/* Sorts ranks that stand in order of their index; spare: [n] room. Returns the one of the two that
+ * holds the result. */
+static uint64_t *sort_ranks(uint64_t *ranks, int64_t n, uint64_t *spare) {
+    for (int digit = 0; digit < NUM_DIGITS; digit++) {
+        int64_t places[DIGITS + 1] = {0};
+        for (int64_t i = 0; i < n; i++) places[digit_of(ranks[i], digit) + 1]++;
+        for (int value = 0; value < DIGITS; value++) places[value + 1] += places[value];
+        for (int64_t i = 0; i < n; i++) spare[places[digit_of(ranks[i], digit)]++] = ranks[i];
+        uint64_t *swap = ranks;
+        ranks = spare;
+        spare = swap;
+    }
+    return ranks;
 }
 
 /* The best units whose keys fit, in order of benefit, then index: a radix selection, one digit of the
@@ -374,21 +390,20 @@ static int compare_ranks(const void *a, const void *b) {
  * fit. ranks: [U] room. */
 static void take_by_keys(const float *benefit, const int64_t *sizes, int64_t U, int64_t max_keys,
                          uint8_t *taken, uint64_t *ranks) {
-    enum { DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS, TOP = 33 - DIGIT_BITS };
     int64_t keys = 0, count = 0;
     memset(taken, 0, (size_t)U);
     for (int64_t u = 0; u < U; u++)
         if (sizes[u] > 0) ranks[count++] = rank_of(benefit[u], u);
-    for (int shift = TOP; shift >= 0; shift -= DIGIT_BITS) {
+    for (int digit = NUM_DIGITS - 1; digit >= 0; digit--) {
         int64_t keys_of[DIGITS] = {0}, left = 0;
-        uint64_t digit = 0;
+        uint32_t edge = 0;
         for (int64_t i = 0; i < count; i++)
-            keys_of[ranks[i] >> (32 + shift) & (DIGITS - 1)] += sizes[(uint32_t)ranks[i]];
-        while (digit < DIGITS && keys + keys_of[digit] <= max_keys) keys += keys_of[digit++];
+            keys_of[digit_of(ranks[i], digit)] += sizes[(uint32_t)ranks[i]];
+        while (edge < DIGITS && keys + keys_of[edge] <= max_keys) keys += keys_of[edge++];
         for (int64_t i = 0; i < count; i++) {
-            uint64_t own = ranks[i] >> (32 + shift) & (DIGITS - 1);
-            if (own < digit) taken[(uint32_t)ranks[i]] = 1;
-            if (own == digit) ranks[left++] = ranks[i];
+            uint32_t own = digit_of(ranks[i], digit);
+            if (own < edge) taken[(uint32_t)ranks[i]] = 1;
+            if (own == edge) ranks[left++] = ranks[i];
         }
         count = left;
     }
@@ -400,13 +415,13 @@ static void take_by_keys(const float *benefit, const int64_t *sizes, int64_t U, 
     }
 }
 
-/* Units until every head has read `mass`; read [P] is what each has read already. */
+/* Units until every head has read `mass`; read [P] is what each has read already. ranks: [2, U]. */
 static void take_by_mass(const float *benefit, const int64_t *sizes, int64_t U, int64_t P,
                          const float *shares, float *read, float mass, uint8_t *taken,
                          uint64_t *ranks) {
     memset(taken, 0, (size_t)U);
     for (int64_t u = 0; u < U; u++) ranks[u] = rank_of(benefit[u], u);
-    qsort(ranks, (size_t)U, sizeof(uint64_t), compare_ranks);
+    ranks = sort_ranks(ranks, U, ranks + U);
     for (int64_t i = 0; i < U; i++) {
         uint32_t u = (uint32_t)ranks[i];
         int is_short = 0;
@@ -431,7 +446,7 @@ int longspan_take_units(const float *log_mass, const int64_t *sizes, const float
 #pragma omp parallel num_threads(threads) reduction(| : is_out_of_memory)
     {
         float *shares = malloc((size_t)((P + 1) * U + 1) * sizeof(float)), read[MAX_GROUP];
-        uint64_t *ranks = malloc((size_t)(U + 1) * sizeof(uint64_t));
+        uint64_t *ranks = malloc((size_t)(2 * U + 1) * sizeof(uint64_t));
         is_out_of_memory = !shares || !ranks;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < T * G; i++) {
@@ -456,6 +471,24 @@ int longspan_take_units(const float *log_mass, const int64_t *sizes, const float
         free(ranks);
     }
     return is_out_of_memory ? -1 : 0;
+}
+
+/* Keys of the taken units: of each query, attended [G, T], and of their union, read [G]. */
+void longspan_count_taken(const uint8_t *taken, const int64_t *sizes, int64_t T, int64_t G, int64_t U,
+                          int64_t *attended, int64_t *read) {
+    for (int64_t g = 0; g < G; g++) {
+        const uint8_t *rows = taken + g * T * U;
+        read[g] = 0;
+        for (int64_t t = 0; t < T; t++) attended[g * T + t] = 0;
+        for (int64_t u = 0; u < U; u++) {
+            int64_t size = sizes[g * U + u], is_read = 0;
+            for (int64_t t = 0; t < T; t++) {
+                attended[g * T + t] += rows[t * U + u] ? size : 0;
+                is_read |= rows[t * U + u];
+            }
+            read[g] += is_read ? size : 0;
+        }
+    }
 }
 
 /* ---- attention over what was taken, and an estimate of the rest -------------------------------- */

@@ -21,7 +21,7 @@ from sparse_attn.native.structs import TYPES, KeysOf, SampleCall, UnitsCall, Uni
 
 
 @lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
+def load() -> ctypes.CDLL:
     """The shared object that the installation compiled; raises BackendUnknown where it is not."""
     spec = find_spec("sparse_attn.native._kernels")
     if spec is None or spec.origin is None:
@@ -29,14 +29,20 @@ def _library() -> ctypes.CDLL:
             "backend 'native' was not compiled here; it needs gcc when Longspan is installed; "
             "install again, or use --backend torch"
         )
-    return ctypes.CDLL(spec.origin)
+    try:
+        return ctypes.CDLL(spec.origin)
+    except OSError as error:
+        raise BackendUnknown(
+            f"backend 'native' cannot be loaded ({error}); it runs on the OpenMP threads of torch; "
+            "install again beside this torch, or use --backend torch"
+        ) from error
 
 
 def attend_prefix(keys: KeysOf, q: Tensor, *, past: int) -> tuple[Tensor, Tensor]:
     """out [T, H, D] and lse [T, H]: token t of the scaled q [T, H, D] sees slots 0 to past + t."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
     _check_memory(
-        _library().longspan_attend_prefix(
+        load().longspan_attend_prefix(
             byref(keys.struct),
             _address(q),
             c_int64(q.shape[0]),
@@ -55,7 +61,7 @@ def attend_body(keys: KeysOf, q: Tensor, out: Tensor, lse: Tensor, evidence: Ten
     evidence [G, S] gains each slot's share of the merged part.
     """
     _check_memory(
-        _library().longspan_attend_body(
+        load().longspan_attend_body(
             byref(keys.struct),
             _address(q),
             c_int64(keys.k.shape[1]),
@@ -70,7 +76,7 @@ def attend_body(keys: KeysOf, q: Tensor, out: Tensor, lse: Tensor, evidence: Ten
 def products(x: Tensor, weight: Tensor) -> Tensor:
     """weight [N, K] times x [K] float32: [N] float32."""
     out = x.new_empty(weight.shape[0])
-    _library().longspan_products(
+    load().longspan_products(
         _address(weight),
         c_int(TYPES[weight.dtype]),
         c_int64(weight.shape[0]),
@@ -86,7 +92,7 @@ def score_units(units: UnitsOf, q: Tensor) -> tuple[Tensor, Tensor]:
     """Log mass of every unit for the scaled q [T, H, D], with and without its spread: [T, H, U]."""
     log_mass = q.new_empty((*q.shape[:2], units.num_units))
     linear, squares = torch.empty_like(log_mass), q * q
-    _library().longspan_score_units(
+    load().longspan_score_units(
         byref(units.struct),
         _address(q),
         _address(squares),
@@ -113,7 +119,7 @@ def take_units(
     num_kv_heads = sizes.shape[0]
     taken = torch.empty((num_kv_heads, num_tokens, num_units), dtype=torch.bool)
     _check_memory(
-        _library().longspan_take_units(
+        load().longspan_take_units(
             _address(log_mass),
             _address(sizes),
             _address(rank_weights),
@@ -130,6 +136,23 @@ def take_units(
         )
     )
     return taken
+
+
+def count_taken(taken: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys of the taken [G, T, U] units of sizes [G, U]: of each query [G, T], of their union [G]."""
+    num_kv_heads, num_tokens, num_units = taken.shape
+    attended = torch.empty((num_kv_heads, num_tokens), dtype=torch.int64)
+    read = torch.empty(num_kv_heads, dtype=torch.int64)
+    load().longspan_count_taken(
+        _address(taken),
+        _address(sizes),
+        c_int64(num_tokens),
+        c_int64(num_kv_heads),
+        c_int64(num_units),
+        _address(attended),
+        _address(read),
+    )
+    return attended, read
 
 
 def attend_units(
@@ -166,7 +189,7 @@ def attend_units(
         is_estimating=is_estimating,
         threads=torch.get_num_threads(),
     )
-    _check_memory(_library().longspan_attend_units(byref(call)))
+    _check_memory(load().longspan_attend_units(byref(call)))
     return lse_read
 
 
@@ -211,7 +234,7 @@ def sample_recall(
         max_log_ratio=max_log_ratio,
         threads=torch.get_num_threads(),
     )
-    _check_memory(_library().longspan_sample_recall(byref(call)))
+    _check_memory(load().longspan_sample_recall(byref(call)))
     return recall, bound
 
 

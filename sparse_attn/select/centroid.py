@@ -109,13 +109,6 @@ class Units:
             sizes=self.sizes,
         )
 
-    def count_taken(self, taken: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys of the taken [G, T, U] units: of each query [G, T], and of their union [G]."""
-        per_query = (taken * self.sizes.unsqueeze(1)).sum(dim=2)
-        if taken.shape[1] == 1:
-            return per_query, per_query[:, 0]
-        return per_query, (taken.any(dim=1) * self.sizes).sum(dim=1)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CentroidIndex:

@@ -32,7 +32,7 @@ class CentroidParams:
     """
 
     keys_per_cluster: int = 4
-    iterations: int = 8
+    iterations: int = 5
     max_cluster_ratio: int = 4
     clusters_per_group: int = 8
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from importlib.util import spec_from_file_location
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor
 
 from sparse_attn import reference
 from sparse_attn.api import Backend, find_backend
-from sparse_attn.errors import ShapeMismatch
+from sparse_attn.errors import BackendUnknown, ShapeMismatch
+from sparse_attn.native import library
 from sparse_attn.select.base import Limit
 from sparse_attn.select.centroid import CentroidIndex
 from sparse_attn.state import Part, empty_part, merge_parts
@@ -255,6 +258,40 @@ def test_recall_of_a_query_that_read_everything_is_one() -> None:
     )
     assert recall.tolist() == [[1.0] * 6]
     assert bound.tolist() == [[0.0] * 6]
+
+
+def test_a_library_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = library.load.__wrapped__
+    monkeypatch.setattr(library, "find_spec", lambda _: None)
+    with pytest.raises(BackendUnknown, match="was not compiled here; it needs gcc"):
+        load()
+    broken = tmp_path / "_kernels.so"
+    broken.write_bytes(b"not a library")
+    spec = spec_from_file_location("_kernels", broken)
+    monkeypatch.setattr(library, "find_spec", lambda _: spec)
+    with pytest.raises(BackendUnknown, match=r"cannot be loaded .*use --backend torch"):
+        load()
+
+
+def test_a_matrix_times_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(19)
+    for num_rows, width in ((1, 1), (3, 16), (37, 50), (300, 576)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = torch.randn(1, width, generator=generator).to(dtype)
+            weight = torch.randn(num_rows, width, generator=generator).to(dtype)
+            bias = torch.randn(num_rows, generator=generator).to(dtype)
+            ours = NATIVE.linear(x, weight, bias)
+            exact = x.double() @ weight.double().T + bias.double()
+            assert ours.dtype == dtype
+            tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(ours.double(), exact, atol=tolerance, rtol=tolerance)
+    # Several rows are a matrix product, which is torch's.
+    monkeypatch.setattr(library, "products", None)
+    several = torch.randn(2, 8, generator=generator)
+    weight = torch.randn(4, 8, generator=generator)
+    assert torch.equal(NATIVE.linear(several, weight), several @ weight.T)
 
 
 def test_what_the_kernels_cannot_read_is_refused_by_name() -> None:
