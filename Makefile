@@ -26,7 +26,7 @@ help:
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt sparse_attn/native/kernels.c
+$(STAMP): pyproject.toml constraints.txt $(wildcard sparse_attn/native/*.[ch])
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; v = sys.version_info; \
 	    sys.exit(v < (3, 11) and f"make venv: Python {v[0]}.{v[1]}; limit 3.11; run make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -139,7 +139,7 @@ def take_units(
 
 
 def count_taken(taken: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys of the taken [G, T, U] units of sizes [G, U]: of each query [G, T], of their union [G]."""
+    """Keys of the taken [G, T, U] units of sizes [G, U]: of each query [G, T], of all [G]."""
     num_kv_heads, num_tokens, num_units = taken.shape
     attended = torch.empty((num_kv_heads, num_tokens), dtype=torch.int64)
     read = torch.empty(num_kv_heads, dtype=torch.int64)
