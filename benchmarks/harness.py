@@ -80,10 +80,10 @@ def environment() -> dict[str, object]:
     import torch
 
     # A copy without its history says where it came from.
-    commit = _git("rev-parse", "HEAD") or os.environ.get("LONGSPAN_COMMIT", "")
+    own = _git("rev-parse", "HEAD")
     return {
-        "commit": commit or None,
-        "dirty": bool(_git("status", "--porcelain")) if commit else None,
+        "commit": own or os.environ.get("LONGSPAN_COMMIT"),
+        "dirty": bool(_git("status", "--porcelain")) if own else None,
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),

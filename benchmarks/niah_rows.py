@@ -57,6 +57,7 @@ class Measured:
     reports: list[RecallReport]
     seconds: dict[str, float]
     environment: dict[str, object]
+    part: tuple[int, int] = (0, 1)
     source: str | None = None
 
     def origin(self) -> dict[str, object]:
@@ -75,6 +76,7 @@ class Measured:
         value = {
             "schema": 1,
             "grid": self.grid,
+            "part": self.part,
             "seconds": self.seconds,
             "environment": self.environment,
             "rows": [row.as_json() for row in self.rows],
@@ -92,6 +94,7 @@ class Measured:
             reports=[RecallReport(**report) for report in value["reports"]],
             seconds=value["seconds"],
             environment=value["environment"],
+            part=tuple(value.get("part", (0, 1))),
             source=path.name,
         )
 
@@ -109,8 +112,16 @@ class Measured:
                     f"bar: {path} is of another grid, commit or machine than {paths[0]}; the parts "
                     "of one run are judged together; measure them alike"
                 )
+        if sorted(part.part for part in parts) != [
+            (i, first.part[1]) for i in range(first.part[1])
+        ]:
+            raise SystemExit(
+                f"bar: parts {[part.part for part in parts]}; a run is judged whole, each of its "
+                f"{first.part[1]} parts once; name every file"
+            )
         return replace(
             first,
+            part=(0, 1),
             rows=[row for part in parts for row in part.rows],
             reports=[report for part in parts for report in part.reports],
             seconds={
@@ -120,7 +131,8 @@ class Measured:
         )
 
     def _origin_of_part(self) -> tuple[object, ...]:
-        return tuple(self.environment.get(name) for name in ("commit", "cpu", "threads"))
+        facts = ("commit", "dirty", "cpu", "threads", "libraries")
+        return tuple(self.environment.get(name) for name in facts)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -206,6 +218,7 @@ def _measure(options: argparse.Namespace, *, is_asked: bool, repeats: int) -> Me
             reports=run.reports,
             seconds={name: round(spent, 1) for name, spent in run.seconds.items()},
             environment=environment(),
+            part=options.part,
         )
 
 

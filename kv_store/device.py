@@ -25,8 +25,8 @@ class ResidentDocument:
     `k[l]`, `v[l]` [G, N, D] `dtype`, contiguous; `positions[l]` [G, N] int32, the document token of
     each slot; slots from `num_sealed` on are not filled yet. `sliding_k[l]`, `sliding_v[l]` [G, W',
     D]: the last min(num_sealed, W) tokens in token order, per sliding-window layer. `clusters[l]`:
-    one table a full-attention layer after `freeze`, empty before it or if the document has no
-    clusters.
+    one table a full-attention layer after `freeze` or `load_clusters`, empty before it or if the
+    document has no clusters.
     """
 
     def __init__(

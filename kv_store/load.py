@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
@@ -67,21 +66,23 @@ def load_clusters(
 
     Errors: DocumentDamaged, naming the file.
     """
-    layout, heads = document.layout, _heads(document.layout)
-    with ExitStack() as files:
-        opened = {
-            head: files.enter_context(document.open_head(*head, verify=verify)) for head in heads
-        }
-        if any("cluster_sizes" not in file.entries for file in opened.values()):
-            return
-        tables = resident.table_builder(
-            [layout.segment_span(segment_idx)[0] for segment_idx in range(layout.num_segments)],
-            [
-                widest(_columns(opened[segment_idx, head]) for head in range(layout.num_kv_heads))
-                for segment_idx in range(layout.num_segments)
-            ],
-        )
-        _for_each(lambda head: _read_tables(opened[head], tables, *head), heads, num_threads)
+    layout, first_slots, widths = document.layout, [], []
+    for segment_idx in range(layout.num_segments):
+        columns = []
+        for kv_head_idx in range(layout.num_kv_heads):
+            with document.open_head(segment_idx, kv_head_idx, verify=verify) as file:
+                if "cluster_sizes" not in file.entries:
+                    return
+                columns.append(_columns(file))
+        first_slots.append(layout.segment_span(segment_idx)[0])
+        widths.append(widest(columns))
+    tables = resident.table_builder(first_slots, widths)
+
+    def read(head: tuple[int, int]) -> None:
+        with document.open_head(*head, verify=verify) as file:
+            _read_tables(file, tables, *head)
+
+    _for_each(read, _heads(layout), num_threads)
     resident.clusters = tables.finish(device=resident.device)
 
 

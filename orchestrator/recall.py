@@ -73,6 +73,7 @@ def estimate_mean(
     for value, layer, query in zip(values, layers, queries, strict=True):
         samples.setdefault(layer, {}).setdefault(query // (2 * period), []).append(value)
     pairs = [each for runs in samples.values() for each in runs.values() if len(each) > 1]
+    # Without any pair: the greatest variance that numbers from 0 to 1 can have.
     usual = float(np.mean([np.var(each, ddof=1) for each in pairs])) if pairs else 0.25
     total = variance = 0.0
     for runs in samples.values():

@@ -19,7 +19,7 @@ DEFAULT_BUDGET_SHARE = 0.125
 # decode step of `centroid` is not faster than `exact` there (docs/log.md).
 EXACT_BELOW_KEYS = 8192
 # Above this many clusters per KV head the look-up goes through groups first.
-TWO_LEVEL_ABOVE_CLUSTERS = 4096
+TWO_LEVEL_ABOVE_CLUSTERS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +46,10 @@ def decide(
     budget_keys = None if options.budget is None else parse_budget(options.budget, num_tokens)
     mass = None if options.mass is None else _check_mass(options.mass)
     mode, reason = _choose_mode(options, num_tokens, budget_keys, mass)
-    if not keys_per_cluster and mode == "centroid":
-        if options.mode == "centroid":
+    if not keys_per_cluster and mode in ("centroid", "window"):
+        if options.mode == mode:
             raise UsageError(
-                "mode 'centroid' needs clusters; this document was ingested without; ask in mode "
+                f"mode {mode!r} needs clusters; this document was ingested without; ask in mode "
                 "exact, or ingest it again"
             )
         mode, reason = "exact", "the document was ingested without clusters"

@@ -107,6 +107,7 @@ class Composed:
             rest = self.attend_estimated(tail.log_mass, selection.value_sums, tail.sizes)
             out = merge_parts([read, rest]).out
         num_attended, num_read = selection.count_read()
+        num_attended = num_attended.expand(-1, q.shape[0])
         return Step(out, read.lse, tail, num_attended, num_read, selection.lookup_bytes)
 
     def sample_recall(

@@ -96,9 +96,10 @@ def _draw(
     stratum = torch.arange(num_strata, device=probabilities.device).unsqueeze(1)
     position = ((uniform[0] + stratum) / num_strata).flatten(2)
     cumulative = probabilities.cumsum(dim=-1)
-    unit = torch.searchsorted(cumulative, position * cumulative[..., -1:]).clamp_(
-        max=probabilities.shape[-1] - 1
-    )
+    unit = torch.searchsorted(cumulative, position * cumulative[..., -1:], right=True)
+    # Rounding may reach the very end, where the last units may be ones that cannot be drawn.
+    num_after = (probabilities.flip(-1) > 0).to(torch.int8).argmax(dim=-1, keepdim=True)
+    unit = torch.minimum(unit, probabilities.shape[-1] - 1 - num_after)
     size = tail.sizes.unsqueeze(1).expand_as(probabilities).gather(2, unit)
     start = tail.starts.unsqueeze(1).expand_as(probabilities).gather(2, unit)
     slots = start + (uniform[1].flatten(2) * size).long().clamp_(max=size - 1)

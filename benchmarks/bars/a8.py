@@ -1,7 +1,9 @@
 """Row A8, damage: every flipped bit and every cut is named, and no answer comes from such bytes.
 
 Owns the choice of 200 places over every file of a document. The document is a real one of two
-segments; each place is damaged, looked at with `docs verify` and asked, and then made whole again.
+segments; each place is damaged, looked at with `docs verify` and asked in both modes, and then
+made whole again. `centroid` reads every tensor and must refuse; `exact` reads no cluster tables,
+and where one bit of those alone is flipped it must answer as it does from the whole document.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from pathlib import Path
 
 from benchmarks.faults import QUESTION, SEGMENT_TOKENS, reference_text
 from benchmarks.harness import note, print_row
-from kv_store import DocumentDamaged, StoreError
+from kv_store import CLUSTER_TENSORS, DocumentDamaged, StoreError
+from kv_store.disk import TensorFile
 from orchestrator.cli import main as longspan
 from orchestrator.engine import Engine
 from orchestrator.ingest import IngestOptions
@@ -41,6 +44,7 @@ class Place:
     file: str
     byte_idx: int
     bit: int | None
+    is_in_tables: bool
 
     @property
     def kind(self) -> str:
@@ -49,30 +53,59 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What `ask` did in one mode: the error it raised, or its answer, and how much it gave out."""
+
+    error: str | None
+    named_file: str | None
+    text: str | None
+    num_pieces: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What `docs verify` named, what `ask` raised, and whether it had given out any text."""
+    """What `docs verify` named, and what `ask` did; whole: what `exact` answers without damage."""
 
     place: Place
     named_files: list[str]
     verify_code: int
-    error: str | None
-    named_by_ask: str | None
-    num_pieces: int
+    asked: dict[Mode, Asked]
+    whole: str
 
     @property
     def is_verified(self) -> bool:
         """Whether `docs verify` named exactly the damaged file."""
         return self.verify_code == 1 and self.named_files == [self.place.file]
 
+    def is_refused(self, mode: Mode) -> bool:
+        """Whether `ask` ended with an error that names the file before it gave out anything."""
+        asked = self.asked[mode]
+        return asked.named_file == self.place.file and asked.num_pieces == 0
+
     @property
-    def is_refused(self) -> bool:
-        """Whether `ask` ended with a named error before it gave out anything."""
-        return self.error is not None and self.num_pieces == 0
+    def is_unread(self) -> bool:
+        """Whether `exact` answered as from the whole document, having read nothing damaged."""
+        place, text = self.place, self.asked["exact"].text
+        return place.is_in_tables and place.kind == "flip" and text == self.whole
+
+    @property
+    def is_right(self) -> bool:
+        """Whether no answer came from damaged bytes."""
+        return self.is_refused("centroid") and (self.is_refused("exact") or self.is_unread)
+
+
+def table_spans(path: Path) -> list[tuple[int, int]]:
+    """Bytes of the cluster tables in one file of a document; none in files that are no segment."""
+    if path.parent.parent.name != "segments":
+        return []
+    with TensorFile(path.parent, path.name, expected=None) as file:
+        return [(e.start, e.end) for name, e in file.entries.items() if name in CLUSTER_TENSORS]
 
 
 def choose_places(directory: Path, rng: random.Random) -> Iterator[Place]:
     """Files in turn; flips and cuts alternate; the first and last byte of each file come first."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
+    tables = {path: table_spans(path) for path in files}
     for i in range(NUM_PLACES):
         round_idx, file_idx = divmod(i, len(files))
         path = files[file_idx]
@@ -82,6 +115,7 @@ def choose_places(directory: Path, rng: random.Random) -> Iterator[Place]:
             file=path.relative_to(directory).as_posix(),
             byte_idx=byte_idx,
             bit=rng.randrange(8) if round_idx % 2 == 0 else None,
+            is_in_tables=any(start <= byte_idx < end for start, end in tables[path]),
         )
 
 
@@ -102,23 +136,29 @@ def damaged(directory: Path, place: Place) -> Iterator[None]:
         path.write_bytes(whole)
 
 
-def try_place(engine: Engine, place: Place, mode: Mode) -> Outcome:
-    """Verify and ask with one place damaged, the document opened anew."""
-    pieces: list[str] = []
-    error: StoreError | None = None
+def try_place(engine: Engine, place: Place, whole: str) -> Outcome:
+    """Verify and ask with one place damaged, the document opened anew for each mode."""
     engine.release()
     with damaged(engine.store.root / NAME, place):
         code, named = verify(engine.store.root)
-        try:
-            engine.ask(NAME, QUESTION, mode=mode, max_tokens=2, on_token=pieces.append)
-        except StoreError as raised:
-            error = raised
-    return Outcome(
-        place=place,
-        named_files=named,
-        verify_code=code,
+        asked = {mode: ask(engine, mode) for mode in MODES}
+    return Outcome(place=place, named_files=named, verify_code=code, asked=asked, whole=whole)
+
+
+def ask(engine: Engine, mode: Mode) -> Asked:
+    """One question, the document opened for it alone."""
+    pieces: list[str] = []
+    error: StoreError | None = None
+    text: str | None = None
+    try:
+        text = engine.ask(NAME, QUESTION, mode=mode, max_tokens=2, on_token=pieces.append).text
+    except StoreError as raised:
+        error = raised
+    engine.release()
+    return Asked(
         error=type(error).__name__ if error else None,
-        named_by_ask=error.file if isinstance(error, DocumentDamaged) else None,
+        named_file=error.file if isinstance(error, DocumentDamaged) else None,
+        text=text,
         num_pieces=len(pieces),
     )
 
@@ -133,16 +173,16 @@ def verify(store: Path) -> tuple[int, list[str]]:
 
 def summarise(outcomes: list[Outcome]) -> dict[str, object]:
     """What was measured; every place that was missed stands in it."""
-    missed = [o for o in outcomes if not (o.is_verified and o.is_refused)]
+    missed = [o for o in outcomes if not (o.is_verified and o.is_right)]
     return {
         "places": len(outcomes),
         "places_per_file": dict(sorted(Counter(o.place.file for o in outcomes).items())),
         "kinds": dict(Counter(o.place.kind for o in outcomes)),
         "verified": sum(o.is_verified for o in outcomes),
-        "refused": sum(o.is_refused for o in outcomes),
-        "file_named_by_ask": sum(o.named_by_ask == o.place.file for o in outcomes),
-        "errors": dict(Counter(o.error for o in outcomes)),
-        "missed": [f"{o.place}: {o.named_files}, {o.error}, {o.num_pieces}" for o in missed],
+        "refused": {mode: sum(o.is_refused(mode) for o in outcomes) for mode in MODES},
+        "exact_answered_without_reading_them": sum(o.is_unread for o in outcomes),
+        "errors": {mode: dict(Counter(o.asked[mode].error for o in outcomes)) for mode in MODES},
+        "missed": [f"{o.place}: {o.named_files}, {o.asked}" for o in missed],
     }
 
 
@@ -153,8 +193,9 @@ def main() -> int:
         options = IngestOptions(segment_tokens=SEGMENT_TOKENS)
         engine.ingest(text=reference_text(NUM_TOKENS), name=NAME, options=options)
         outcomes = list[Outcome]()
+        whole = engine.ask(NAME, QUESTION, mode="exact", max_tokens=2).text
         for place in choose_places(Path(folder) / NAME, rng):
-            outcomes.append(try_place(engine, place, MODES[len(outcomes) // 2 % 2]))
+            outcomes.append(try_place(engine, place, whole))
             if len(outcomes) % 20 == 0:
                 note(f"{len(outcomes)} of {NUM_PLACES} places")
         engine.release()

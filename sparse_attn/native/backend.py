@@ -173,8 +173,9 @@ class NativeBackend(Composed):
         self, units: Units, tables: Units, columns: Tensor | None, keys: KeysOf
     ) -> UnitsOf:
         """`units`, whose large tables are the columns `columns` of those of `tables`."""
-        if columns is None and units in self._units:
-            return self._units[units]
+        known = self._units.get(units) if columns is None else None
+        if known is not None and keys.shape[1] == known.struct.P:
+            return known
         found = UnitsOf(
             centroids=tables.centroids,
             variances=tables.variances,

@@ -165,7 +165,10 @@ INLINE float ITEM(exps)(const float *x, float base, int64_t n, float *out) {
  * to add. False if no score counts: then there is nothing to add. */
 INLINE int ITEM(weigh)(Sums *s, const float *scores, int64_t n, float *weights, int D) {
     float max = ITEM(greatest)(scores, n);
-    if (max == -INFINITY) return 0;
+    if (max == -INFINITY) { /* nothing counts, or nothing is a number */
+        for (int64_t i = 0; i < n; i++) s->sum += scores[i] == scores[i] ? 0.0f : scores[i];
+        return 0;
+    }
     if (max > s->max) {
         float shrink = s->max == -INFINITY ? 0.0f : fast_exp(s->max - max);
         for (int d = 0; d < D; d++) s->out[d] *= shrink;
@@ -225,7 +228,7 @@ static void ITEM(prefix)(const Keys *x, int64_t g, int64_t n, const float *q, fl
     }
     for (int p = 0; p < x->P; p++) {
         lse[p] = log_total(&sums[p]);
-        float scale = sums[p].sum > 0.0f ? 1.0f / sums[p].sum : 0.0f;
+        float scale = sums[p].sum == 0.0f ? 0.0f : 1.0f / sums[p].sum;
         for (int d = 0; d < x->D; d++) sums[p].out[d] *= scale;
     }
 }
@@ -280,12 +283,13 @@ static void ITEM(score)(const Units *x, int64_t g, int64_t first, int64_t last, 
     BY_HEAD_DIM(x->D, ITEM(score_units)(x, g, first, last, q, squares, T, log_mass, linear, DIM));
 }
 
-/* shares[i] = exp(x[i] - total); 1e-38 where x is -inf, which ranks last and weighs nothing. */
+/* shares[i] = exp(x[i] - total), 0 where float32 has nothing left. */
 static void ITEM(shares)(const float *x, float total, int64_t n, float *shares) {
     ITEM(exps)(x, total, n, shares);
+    for (int64_t i = 0; i < n; i++) shares[i] = shares[i] > 2e-38f ? shares[i] : 0.0f;
 }
 
-/* benefit[i] += shares[i]; on the last head of the group, times the rank weights. */
+/* benefit[i] += shares[i] * weights[i]: one head of the group. */
 static void ITEM(add_benefit)(float *benefit, const float *shares, const float *weights, int64_t n) {
     for (int64_t i = 0; i < n; i++) benefit[i] += shares[i] * weights[i];
 }

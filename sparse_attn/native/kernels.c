@@ -7,9 +7,14 @@
  * The caller folds the scale of scores into q.
  *
  * The bounds of items depend on shapes alone, and what they leave is merged in their order: the bits of
- * a result depend neither on the number of threads nor on the tokens beside it. Threads are those of
- * the OpenMP runtime that torch has loaded; this file links none of its own.
+ * a result do not depend on the number of threads, nor on the tokens beside it unless the look-up has
+ * two levels (where U is what some token of the tile opened). Threads are those of the OpenMP runtime
+ * that torch has loaded; this file links none of its own.
  */
+
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+#error "the native backend needs gcc 12 or later; without it, use --backend torch"
+#endif
 
 #include <math.h>
 #include <stdint.h>
@@ -152,7 +157,8 @@ INLINE void clear(Sums *s, int64_t D) {
     memset(s->out, 0, (size_t)D * sizeof(float));
 }
 
-INLINE float log_total(const Sums *s) { return s->sum > 0.0f ? s->max + logf(s->sum) : -INFINITY; }
+/* NaN stays NaN: a fault in numbers must not look like keys that weigh nothing. */
+INLINE float log_total(const Sums *s) { return s->sum == 0.0f ? -INFINITY : s->max + logf(s->sum); }
 
 /* The part (out [D], lse) takes in sums over other keys. */
 static void merge_into(float *out, float *lse, const Sums *s, int64_t D) {
@@ -312,8 +318,8 @@ int longspan_attend_body(const Keys *x, const float *q, int64_t S, float *out, f
     const Items *items = best_items();
     int64_t per_head = (S + SLOTS_PER_ITEM - 1) / SLOTS_PER_ITEM, count = per_head * x->G;
     int64_t P = x->P, D = x->D, H = x->G * P;
-    float *room = malloc((size_t)(count * P * D + H * S) * sizeof(float));
-    Sums *sums = malloc((size_t)(count * P) * sizeof(Sums));
+    float *room = malloc((size_t)(count * P * D + H * S + 1) * sizeof(float));
+    Sums *sums = malloc((size_t)(count * P + 1) * sizeof(Sums));
     if (!room || !sums) {
         free(room);
         free(sums);
@@ -518,6 +524,7 @@ int longspan_attend_units(const UnitsCall *call) {
     const Keys *x = call->keys;
     const Units *units = call->units;
     int64_t T = call->T, U = units->U, G = x->G, P = x->P, D = x->D, H = G * P;
+    if (T == 0) return 0;
     int64_t size = units_per_item(U), per_head = (U + size - 1) / size, count = per_head * G;
     int64_t rows = count * T * P, most_keys = size, *offsets = malloc((size_t)(count + 1) * 8);
     if (!offsets) return -1;
@@ -631,19 +638,23 @@ static void sample_row(const Items *items, const SampleCall *call, int64_t row, 
     items->shares(log_mass, total, U, chance);
     double keys = 0.0, sum = 0.0, mean = 0.0, variance = 0.0;
     for (int64_t u = 0; u < U; u++) keys += log_mass[u] == -INFINITY ? 0 : (double)sizes[u];
+    int64_t num_choices = 0; /* up to the last unit that can be drawn: rounding may reach the very end */
     for (int64_t u = 0; u < U; u++) {
-        float by_size = log_mass[u] == -INFINITY ? 0.0f : (float)((double)sizes[u] / keys);
-        chance[u] += call->uniform_share * (by_size - chance[u]);
+        int is_unread = log_mass[u] > -INFINITY && sizes[u] > 0;
+        float by_size = (float)((double)sizes[u] / keys);
+        chance[u] = is_unread ? chance[u] + call->uniform_share * (by_size - chance[u]) : 0.0f;
         sum += chance[u];
         rising[u] = (float)sum;
+        num_choices = chance[u] > 0.0f ? u + 1 : num_choices;
     }
+    if (num_choices == 0) return;
     const float *which = call->uniform + row * call->strata * 2;
     const float *where = which + call->T * H * call->strata * 2;
     for (int64_t s = 0; s < call->strata; s++) {
         float ratios[2];
         for (int i = 0; i < 2; i++) {
             float place = ((float)s + which[2 * s + i]) / (float)call->strata * rising[U - 1];
-            int64_t u = first_above(rising, U, place), size = sizes[u];
+            int64_t u = first_above(rising, num_choices, place), size = sizes[u];
             int64_t key = (int64_t)(where[2 * s + i] * (float)size);
             float score = items->score_slot(x, g, starts[u] + (key < size ? key : size - 1), q);
             float log_ratio = score - call->lse_read[row];
@@ -668,7 +679,7 @@ int longspan_sample_recall(const SampleCall *call) {
     int is_out_of_memory = 0;
 #pragma omp parallel num_threads(call->threads) reduction(| : is_out_of_memory)
     {
-        float *room = malloc((size_t)(2 * call->U) * sizeof(float));
+        float *room = malloc((size_t)(2 * call->U + 1) * sizeof(float));
         is_out_of_memory = !room;
 #pragma omp for schedule(dynamic)
         for (int64_t row = 0; row < rows; row++)

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from sparse_attn.errors import BackendUnknown
+from sparse_attn.errors import BackendUnknown, ShapeMismatch
 from sparse_attn.native.structs import TYPES, KeysOf, SampleCall, UnitsCall, UnitsOf, dense, pointer
 
 
@@ -26,7 +26,7 @@ def load() -> ctypes.CDLL:
     spec = find_spec("sparse_attn.native._kernels")
     if spec is None or spec.origin is None:
         raise BackendUnknown(
-            "backend 'native' was not compiled here; it needs gcc when Longspan is installed; "
+            "backend 'native' was not compiled here; it needs gcc 12 when Longspan is installed; "
             "install again, or use --backend torch"
         )
     try:
@@ -40,6 +40,11 @@ def load() -> ctypes.CDLL:
 
 def attend_prefix(keys: KeysOf, q: Tensor, *, past: int) -> tuple[Tensor, Tensor]:
     """out [T, H, D] and lse [T, H]: token t of the scaled q [T, H, D] sees slots 0 to past + t."""
+    if past + q.shape[0] > keys.k.shape[1]:
+        raise ShapeMismatch(
+            f"{q.shape[0]} tokens after {past} over {keys.k.shape[1]} slots; each token has a "
+            "slot; append its key first"
+        )
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
     _check_memory(
         load().longspan_attend_prefix(
@@ -75,9 +80,14 @@ def attend_body(keys: KeysOf, q: Tensor, out: Tensor, lse: Tensor, evidence: Ten
 
 def products(x: Tensor, weight: Tensor) -> Tensor:
     """weight [N, K] times x [K] float32: [N] float32."""
+    if weight.dtype not in TYPES or x.shape != weight.shape[1:]:
+        raise ShapeMismatch(
+            f"weights {list(weight.shape)} {weight.dtype} times {list(x.shape)}; the native "
+            "backend multiplies float32 or bfloat16 [N, K] with [K]; use --backend torch"
+        )
     out = x.new_empty(weight.shape[0])
     load().longspan_products(
-        _address(weight),
+        _address(weight, weight.dtype),
         c_int(TYPES[weight.dtype]),
         c_int64(weight.shape[0]),
         c_int64(weight.shape[1]),
@@ -121,7 +131,7 @@ def take_units(
     _check_memory(
         load().longspan_take_units(
             _address(log_mass),
-            _address(sizes),
+            _address(sizes, torch.int64),
             _address(rank_weights),
             c_int64(num_tokens),
             c_int64(num_kv_heads),
@@ -131,7 +141,7 @@ def take_units(
             _address(lse_steady),
             c_int64(-1 if keys is None else keys),
             c_float(0.0 if mass is None else mass),
-            _address(taken),
+            _address(taken, torch.bool),
             c_int(torch.get_num_threads()),
         )
     )
@@ -144,13 +154,13 @@ def count_taken(taken: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     attended = torch.empty((num_kv_heads, num_tokens), dtype=torch.int64)
     read = torch.empty(num_kv_heads, dtype=torch.int64)
     load().longspan_count_taken(
-        _address(taken),
-        _address(sizes),
+        _address(taken, torch.bool),
+        _address(sizes, torch.int64),
         c_int64(num_tokens),
         c_int64(num_kv_heads),
         c_int64(num_units),
-        _address(attended),
-        _address(read),
+        _address(attended, torch.int64),
+        _address(read, torch.int64),
     )
     return attended, read
 
@@ -178,7 +188,7 @@ def attend_units(
         keys=ctypes.pointer(keys.struct),
         units=ctypes.pointer(units.struct),
         q=pointer(q),
-        taken=pointer(taken),
+        taken=pointer(taken, torch.bool),
         log_mass=pointer(log_mass),
         out=pointer(out),
         lse=pointer(lse),
@@ -224,7 +234,10 @@ def sample_recall(
     }
     call = SampleCall(
         keys=ctypes.pointer(keys.struct),
-        **{name: pointer(x) for name, x in tensors.items()},
+        **{
+            name: pointer(x, torch.int64 if name in ("starts", "sizes") else torch.float32)
+            for name, x in tensors.items()
+        },
         recall=pointer(recall),
         bound=pointer(bound),
         T=q.shape[0],
@@ -238,8 +251,8 @@ def sample_recall(
     return recall, bound
 
 
-def _address(x: Tensor) -> c_void_p:
-    return c_void_p(pointer(x))
+def _address(x: Tensor, dtype: torch.dtype = torch.float32) -> c_void_p:
+    return c_void_p(pointer(x, dtype))
 
 
 def _check_memory(code: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse_attn.errors import ShapeMismatch
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# As in `kernels.c`.
 _MAX_HEAD_DIM, _MAX_GROUP = 512, 64
 
 
@@ -127,24 +128,25 @@ class UnitsOf:
         per_group: int,
     ) -> None:
         tables = [dense(x) for x in (centroids, variances, value_sums)]
-        if len({x.dtype for x in tables}) != 1 or tables[0].dtype not in TYPES:
+        kinds = {(x.dtype, x.shape) for x in tables}
+        if len(kinds) != 1 or tables[0].dtype not in TYPES:
             raise ShapeMismatch(
-                f"look-up tables of types {[str(x.dtype) for x in tables]}; the native backend "
-                "reads one float type; ingest the document again"
+                f"look-up tables of {[(str(x.dtype), list(x.shape)) for x in tables]}; the native "
+                "backend reads one float type and shape; ingest the document again"
             )
         num_kv_heads, num_columns, head_dim = centroids.shape
-        small = [dense(x) for x in (log_sizes, critical, starts, sizes)]
+        floats = {"log_sizes": dense(log_sizes), "critical": dense(critical)}
+        ints = {"starts": dense(starts), "sizes": dense(sizes)}
         self.columns = None if columns is None else dense(columns)
         self.num_units = sizes.shape[1]
-        self._kept = (tables, small)  # alive as long as their pointers
+        self._kept = (tables, floats, ints)  # alive as long as their pointers
+        names = ("centroids", "variances", "value_sums")
+        large = zip(names, (pointer(x, x.dtype) for x in tables), strict=True)
         self.struct = _Units(
-            **dict(
-                zip(("centroids", "variances", "value_sums"), map(pointer, tables), strict=True)
-            ),
-            **dict(
-                zip(("log_sizes", "critical", "starts", "sizes"), map(pointer, small), strict=True)
-            ),
-            columns=None if self.columns is None else pointer(self.columns),
+            **dict(large),
+            **{name: pointer(x) for name, x in floats.items()},
+            **{name: pointer(x, torch.int64) for name, x in ints.items()},
+            columns=None if self.columns is None else pointer(self.columns, torch.int64),
             U=self.num_units,
             C=num_columns,
             type=TYPES[tables[0].dtype],
@@ -163,10 +165,11 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def pointer(x: Tensor) -> int:
-    """Address of a contiguous tensor; raises ShapeMismatch for another."""
-    if not x.is_contiguous():
+def pointer(x: Tensor, dtype: torch.dtype = torch.float32) -> int:
+    """Address of a contiguous CPU tensor of that type; raises ShapeMismatch for another."""
+    if not x.is_contiguous() or x.dtype != dtype or x.device.type != "cpu":
         raise ShapeMismatch(
-            f"a tensor {list(x.shape)} with strides {x.stride()}; C reads contiguous ones; copy it"
+            f"a tensor {list(x.shape)} {x.dtype} on {x.device} with strides {x.stride()}; C reads "
+            f"contiguous ones of {dtype} on the CPU; convert it, or use --backend torch"
         )
     return x.data_ptr()

@@ -171,7 +171,7 @@ def select(
 
 
 def select_nothing(index: CentroidIndex, q: Tensor, *, scale: float) -> Selection:
-    """The `window` baseline: no cluster is read; the tail still says what stays unread."""
+    """No cluster is read; the tail says what stays unread."""
     lse_steady = q.new_zeros(q.shape[:2], dtype=torch.float32)
     limit = Limit(keys=0)
     return select(index, q, scale=scale, lse_steady=lse_steady, limit=limit, levels=1)

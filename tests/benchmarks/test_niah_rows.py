@@ -102,11 +102,14 @@ def test_given_file_is_judged_and_nothing_is_measured(
 
 
 def test_parts_of_a_run_are_judged_together_and_others_are_refused(tmp_path: Path) -> None:
-    made = make_measured()
+    made = replace(make_measured(), part=(0, 2))
     files = [tmp_path / f"{part}.json" for part in range(3)]
     made.write(files[0])
-    replace(made, rows=make_rows()[3:5]).write(files[1])
+    replace(made, rows=make_rows()[3:5], part=(1, 2)).write(files[1])
     replace(made, environment={"commit": "other"}).write(files[2])
+    for wrong in (files[:1], [files[0], files[0]]):
+        with pytest.raises(SystemExit, match="each of its 2 parts once"):
+            Measured.read_parts(wrong)
     whole = Measured.read_parts(files[:2])
     assert whole.rows == make_rows()[:5]
     assert whole.seconds == {"total": 3.0}
