@@ -1,11 +1,23 @@
 """The rank grid, who owns what on it, and collectives as methods of a Group.
 
 Refuses to know attention, documents and files: it sees ranks, ints and tensors. Importing it
-starts nothing. `mesh.py` is arithmetic alone; `group.py` moves tensors.
+starts nothing. `mesh.py` is arithmetic alone; `group.py` says what a collective promises, for one
+rank; `local.py` does the same over threads, `distributed.py` over processes, which `bootstrap.py`
+brings together.
 """
 
-from collectives.errors import CollectivesError, GroupMisuse, MeshInvalid
+from collectives.bootstrap import Rendezvous, join, read_rendezvous
+from collectives.distributed import DistributedGroup
+from collectives.errors import (
+    CollectivesError,
+    GroupMisuse,
+    MeshInvalid,
+    PeerLost,
+    RendezvousFailed,
+    RendezvousInvalid,
+)
 from collectives.group import Group, SoloGroup
+from collectives.local import ThreadGroup, run_threads
 from collectives.mesh import (
     NUM_VIRTUAL_SHARDS,
     Coordinates,
@@ -20,8 +32,17 @@ __all__ = [
     "CollectivesError",
     "GroupMisuse",
     "MeshInvalid",
+    "PeerLost",
+    "RendezvousFailed",
+    "RendezvousInvalid",
     "Group",
     "SoloGroup",
+    "ThreadGroup",
+    "run_threads",
+    "DistributedGroup",
+    "Rendezvous",
+    "join",
+    "read_rendezvous",
     "NUM_VIRTUAL_SHARDS",
     "Coordinates",
     "Mesh",
