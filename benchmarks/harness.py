@@ -91,7 +91,8 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "libraries": {name: _version(name) for name in LIBRARIES},
         "gpu": _gpu(),
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        # Where somebody keeps the files is nobody's business.
+        "argv": [Path(word).name if word.startswith("/") else word for word in sys.argv],
     }
 
 
