@@ -3,10 +3,11 @@
 Refuses to know attention, documents and files: it sees ranks, ints and tensors. Importing it
 starts nothing. `mesh.py` is arithmetic alone; `group.py` says what a collective promises, for one
 rank; `local.py` does the same over threads, `distributed.py` over processes, which `bootstrap.py`
-brings together.
+brings together; `overlap.py` lets two computations take turns over a group.
 """
 
 from collectives.bootstrap import Rendezvous, join, read_rendezvous
+from collectives.checks import Reduction
 from collectives.distributed import DistributedGroup
 from collectives.errors import (
     CollectivesError,
@@ -16,7 +17,7 @@ from collectives.errors import (
     RendezvousFailed,
     RendezvousInvalid,
 )
-from collectives.group import Group, SoloGroup
+from collectives.group import Group, Pending, SoloGroup
 from collectives.local import ThreadGroup, run_threads
 from collectives.mesh import (
     NUM_VIRTUAL_SHARDS,
@@ -27,6 +28,7 @@ from collectives.mesh import (
     split_evenly,
     virtual_shard,
 )
+from collectives.overlap import Steps, run_pair, run_steps
 
 __all__ = [
     "CollectivesError",
@@ -36,10 +38,15 @@ __all__ = [
     "RendezvousFailed",
     "RendezvousInvalid",
     "Group",
+    "Pending",
+    "Reduction",
     "SoloGroup",
     "ThreadGroup",
     "run_threads",
     "DistributedGroup",
+    "Steps",
+    "run_pair",
+    "run_steps",
     "Rendezvous",
     "join",
     "read_rendezvous",

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,11 +22,15 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from collectives.distributed import DistributedGroup, first_sentence
-from collectives.errors import GroupMisuse, RendezvousFailed, RendezvousInvalid
+from collectives import backend
+from collectives.distributed import DistributedGroup
+from collectives.errors import GroupMisuse, PeerLost, RendezvousFailed, RendezvousInvalid
+from collectives.liveness import describe_process
 
 Device = Literal["cpu", "cuda"]
 DEFAULT_TIMEOUT_S = 30.0
+# A rank that is lost is known to the others soon enough to have ended within 30 s.
+MAX_OPERATION_TIMEOUT_S = 20.0
 # NVLink multicast is never used: it needs rights that containers do not have.
 NO_MULTICAST = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
@@ -34,8 +38,10 @@ NO_MULTICAST = {
     "NVSHMEM_DISABLE_NVLS": "1",
 }
 _ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-# Without it a lost rank ends the whole process from a watchdog thread, with no error to name.
-_BLOCKING_WAIT = {"TORCH_NCCL_BLOCKING_WAIT": "1"}
+# A wait orders streams and does not hold up the host; `settle` watches in its place. An error makes
+# NCCL's watchdog free the GPU (2), not end the process (3), for the process has an error to name.
+# Launchers set these by themselves (torchrun does), so what is set gives way.
+_STREAM_WAIT = {"TORCH_NCCL_BLOCKING_WAIT": "0", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2"}
 _COUNT = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
@@ -43,8 +49,10 @@ _COUNT = re.compile(r"0|[1-9][0-9]{0,8}")
 class Rendezvous:
     """Where the ranks meet and who this one is. `address` is an IP address, loopback or private.
 
-    `timeout_s` is the deadline for meeting and, afterwards, of each operation. `is_hosted` says
-    that the launcher already serves the store at that place, as torchrun does.
+    `timeout_s` is the deadline for meeting, `operation_timeout_s` afterwards that of each
+    operation: a rank may compute no longer than that between two of them. None is `timeout_s`, and
+    no more than 20 s. `is_hosted` says that the launcher already serves the store at that place, as
+    torchrun does.
     """
 
     rank: int
@@ -53,6 +61,7 @@ class Rendezvous:
     address: str
     port: int
     timeout_s: float = DEFAULT_TIMEOUT_S
+    operation_timeout_s: float | None = None
     is_hosted: bool = False
 
     def __post_init__(self) -> None:
@@ -61,19 +70,27 @@ class Rendezvous:
         _check_range("LOCAL_RANK", self.local_rank, 0, self.size - 1)
         _check_range("MASTER_PORT", self.port, 1, 65535)
         _check_address(self.address)
-        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
-            raise RendezvousInvalid(
-                f"timeout_s: {self.timeout_s}; limit a finite number above 0; give it in seconds"
-            )
+        _check_deadline("timeout_s", self.timeout_s)
+        _check_deadline("operation_timeout_s", self.operation_limit_s)
 
     @property
     def is_loopback(self) -> bool:
         """Whether all ranks are on this machine."""
         return ipaddress.ip_address(self.address).is_loopback
 
+    @property
+    def operation_limit_s(self) -> float:
+        """Deadline of each operation, resolved."""
+        if self.operation_timeout_s is None:
+            return min(self.timeout_s, MAX_OPERATION_TIMEOUT_S)
+        return self.operation_timeout_s
+
 
 def read_rendezvous(
-    environ: Mapping[str, str] = os.environ, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    environ: Mapping[str, str] = os.environ,
+    *,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    operation_timeout_s: float | None = None,
 ) -> Rendezvous:
     """Rendezvous from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets.
 
@@ -86,19 +103,22 @@ def read_rendezvous(
         address=_resolve(_read(environ, "MASTER_ADDR")),
         port=_read_count(environ, "MASTER_PORT"),
         timeout_s=timeout_s,
+        operation_timeout_s=operation_timeout_s,
         is_hosted=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 
 def required_settings(rendezvous: Rendezvous) -> dict[str, str]:
     """Variables that every rank must have, with the only value of each that is accepted."""
-    return NO_MULTICAST | (_ON_LOOPBACK if rendezvous.is_loopback else {}) | _BLOCKING_WAIT
+    return NO_MULTICAST | (_ON_LOOPBACK if rendezvous.is_loopback else {}) | _STREAM_WAIT
 
 
 def apply_settings(environ: MutableMapping[str, str], settings: Mapping[str, str]) -> None:
-    """Set what is not set; RendezvousInvalid, and nothing set, where a contrary value is."""
+    """Set what is not set; RendezvousInvalid, and nothing set, where a contrary value is that
+    somebody must have meant.
+    """
     for name, value in settings.items():
-        if environ.get(name, value) != value:
+        if name not in _STREAM_WAIT and environ.get(name, value) != value:
             raise RendezvousInvalid(
                 f"{name}: {environ[name]!r} is set; limit {value!r}; unset it or set that value"
             )
@@ -110,49 +130,66 @@ def join(rendezvous: Rendezvous, *, device: Device = "cpu") -> Iterator[Distribu
     """Meet the other ranks over gloo (cpu) or NCCL (cuda); every rank must call it.
 
     Sets this process's environment and, on cuda, its current device. At a clean exit the ranks wait
-    for each other; whatever happens, the process group is destroyed. Raises RendezvousInvalid,
+    for each other; whatever happens, the process groups are destroyed. Raises RendezvousInvalid,
     RendezvousFailed when not all ranks came in time, GroupMisuse in a process that has joined.
     """
     if dist.is_initialized():
         raise GroupMisuse("join: a process group exists; limit one a process; leave it first")
     settings = required_settings(rendezvous)
     apply_settings(os.environ, settings)
+    place = _pick_device(rendezvous, device)
+    is_clean = False
+    group: DistributedGroup | None = None
     try:
-        group = _meet(rendezvous, _pick_device(rendezvous, device))
+        group = _meet(rendezvous, place)
         assert all(os.environ.get(name) == value for name, value in settings.items())
         yield group
-        if not group.is_broken:
+        if not (group.is_broken or group.control.is_broken):
+            group.settle()
             # Rank 0 serves the store: it must not be gone while another still needs it.
-            group.barrier()
+            group.control.barrier()
+            is_clean = True
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            backend.leave(device=place, is_clean=is_clean)
+        if group is not None:
+            group.forget()
 
 
 def _meet(rendezvous: Rendezvous, device: torch.device) -> DistributedGroup:
-    try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=_open_store(rendezvous),
-            rank=rendezvous.rank,
-            world_size=rendezvous.size,
-            timeout=timedelta(seconds=rendezvous.timeout_s),
+    ranks = range(rendezvous.size)
+    limit_s = rendezvous.operation_limit_s
+
+    def make(
+        handle: dist.ProcessGroup,
+        at: torch.device,
+        processes: Sequence[bytes] = (),
+        control: DistributedGroup | None = None,
+    ) -> DistributedGroup:
+        return DistributedGroup(
+            handle, ranks=ranks, device=at, timeout_s=limit_s, processes=processes, control=control
         )
-    except (RuntimeError, OSError) as error:
+
+    try:
+        handle = backend.meet(
+            _open_store(rendezvous),
+            rank=rendezvous.rank,
+            size=rendezvous.size,
+            device=device,
+            timeout_s=rendezvous.timeout_s,
+        )
+        beside = backend.make_handle(ranks, device=backend.CPU, timeout_s=limit_s)
+        assert beside is not None
+        backend.set_deadline(handle, device=device, timeout_s=limit_s)
+        processes = make(beside, backend.CPU).all_gather_bytes(describe_process())
+    except (RuntimeError, OSError, PeerLost) as error:
         place = f"{rendezvous.address}:{rendezvous.port}"
         raise RendezvousFailed(
             f"join: rank {rendezvous.rank} of {rendezvous.size} at {place} "
-            f"({first_sentence(error)}); limit {rendezvous.timeout_s:g} s; check that all ranks "
-            "were started and that the port is free"
+            f"({backend.first_sentence(error)}); limit {rendezvous.timeout_s:g} s; check that all "
+            "ranks were started and that the port is free"
         ) from error
-    handle = dist.group.WORLD
-    assert handle is not None
-    return DistributedGroup(
-        handle,
-        ranks=range(rendezvous.size),
-        device=device,
-        timeout_s=rendezvous.timeout_s,
-    )
+    return make(handle, device, processes, make(beside, backend.CPU, processes))
 
 
 def _open_store(rendezvous: Rendezvous) -> Store:
@@ -233,3 +270,10 @@ def _check_address(address: str) -> None:
 def _check_range(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise RendezvousInvalid(f"{name}: {value}; limit {low} to {high}; correct the variable")
+
+
+def _check_deadline(name: str, seconds: float) -> None:
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise RendezvousInvalid(
+            f"{name}: {seconds}; limit a finite number above 0; give it in seconds"
+        )

@@ -3,47 +3,68 @@
 Owns the mapping of a `Group` onto a process group, and that a lost or late rank becomes `PeerLost`.
 Refuses to make process groups other than subgroups of its own: `bootstrap.join` does that.
 
-The deadline is the process group's: gloo and NCCL (with blocking wait, which `bootstrap` sets)
-raise when it has passed. After that the connections are closed, so the group is not used again.
-Sums are added in the backend's order, the same in every run on one number of ranks.
+Every operation is started asynchronously and waited for; the blocking forms do both. On a CPU gloo
+works in threads of its own, and a wait raises when the deadline has passed. On a GPU NCCL runs on a
+stream of its own beside the caller's: a wait orders the caller's stream after it and costs the host
+nothing, so neither launching ahead nor overlap is lost. What became of it the host learns in
+`settle`, which looks at each operation in turn and raises where nothing has ended within the
+deadline; kernels that wait for a lost rank leave the GPU when `join` is left. After a loss the
+group is not used again. Sums are added in the backend's order, the same in every run on one number
+of ranks.
 """
 
 from __future__ import annotations
 
-import re
+from collections import deque
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from collectives.errors import GroupMisuse, PeerLost
-from collectives.group import (
-    Group,
+from collectives import backend
+from collectives.checks import (
     Reduction,
-    SoloGroup,
+    check_members,
     check_peer,
     check_reduction,
     check_rows,
     check_source,
     check_tensor,
 )
+from collectives.errors import GroupMisuse, PeerLost
+from collectives.flight import Flight
+from collectives.group import Group, Pending, SoloGroup
+from collectives.liveness import await_gone
+from collectives.messages import ByteMessages
+from collectives.watch import Launched, Unfinished, await_all, drop_completed
 
-# torch 2.13 gave the two new names, and warns about the old ones; 2.11 has only those.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-_SOURCE_LINE = re.compile(r"^\[[^\]]*\] ?")
+_MAX_UNSETTLED = 256
+# For the ranks of this machine: connections close a moment before their process has ended.
+_PATIENCE_S = 1.0
 
 
-class DistributedGroup:
+class DistributedGroup(ByteMessages):
     """Ranks as processes; made by `bootstrap.join`, and by `subgroup` of such a group.
 
-    `ranks` are the members in the whole job's numbering, ascending. All operations run on the
-    caller's thread and, on a GPU, its current stream.
+    `ranks` are the members in the whole job's numbering, ascending. `processes` are all ranks of
+    the job, as `liveness` describes them. `control` is the gloo group of the same ranks; a control
+    group is made without one and is its own. One thread calls a group.
     """
 
-    __slots__ = ("_device", "_handle", "_lost", "_rank", "_ranks", "_timeout_s")
+    __slots__ = (
+        "_control",
+        "_device",
+        "_handle",
+        "_is_device_apart",
+        "_lost",
+        "_made",
+        "_processes",
+        "_rank",
+        "_ranks",
+        "_timeout_s",
+        "_unsettled",
+    )
 
     def __init__(
         self,
@@ -52,13 +73,20 @@ class DistributedGroup:
         ranks: Sequence[int],
         device: torch.device,
         timeout_s: float,
+        processes: Sequence[bytes] = (),
+        control: DistributedGroup | None = None,
     ) -> None:
         self._handle = handle
         self._rank = handle.rank()
         self._ranks = tuple(ranks)
         self._device = device
+        self._is_device_apart = device.type == "cuda"
         self._timeout_s = timeout_s
+        self._processes = processes
+        self._control = control
+        self._made = [] if control is None else [control]
         self._lost: PeerLost | None = None
+        self._unsettled: deque[Launched] = deque()
 
     @property
     def rank(self) -> int:
@@ -80,76 +108,131 @@ class DistributedGroup:
         """Whether a rank was lost, after which every call raises the same PeerLost."""
         return self._lost is not None
 
+    @property
+    def control(self) -> DistributedGroup:
+        """Gloo group of the same ranks, for small messages; its own on a control group."""
+        return self if self._control is None else self._control
+
     def all_reduce_(self, tensor: torch.Tensor, *, op: Reduction = "sum") -> None:
         """Overwrite `tensor` on every rank with the reduction over all ranks."""
+        self.start_all_reduce_(tensor, op=op).wait()
+
+    def start_all_reduce_(self, tensor: torch.Tensor, *, op: Reduction = "sum") -> Pending:
+        """Begin `all_reduce_`; the result is `tensor` itself."""
         check_reduction("all_reduce_", tensor, op)
-        self._check_device("all_reduce_", tensor)
-        self._run("all_reduce_", lambda: dist.all_reduce(tensor, _OPS[op], group=self._handle))
+        return self._start(
+            "all_reduce_",
+            lambda: dist.all_reduce(tensor, backend.OPS[op], group=self._handle, async_op=True),
+            tensor,
+            result=tensor,
+        )
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Give every rank the tensors of all: `[...]` becomes `[size, ...]`, in rank order."""
+        return self.start_all_gather(tensor).wait()
+
+    def start_all_gather(self, tensor: torch.Tensor) -> Pending:
+        """Begin `all_gather`."""
         check_tensor("all_gather", tensor)
-        self._check_device("all_gather", tensor)
         gathered = tensor.new_empty((self.size, *tensor.shape))
-        self._run(
+        return self._start(
             "all_gather",
-            lambda: _all_gather(gathered.view(-1), tensor.view(-1), group=self._handle),
+            lambda: backend.all_gather(
+                gathered.view(-1), tensor.view(-1), group=self._handle, async_op=True
+            ),
+            tensor,
+            result=gathered,
         )
-        return gathered
 
     def reduce_scatter(self, tensor: torch.Tensor, *, op: Reduction = "sum") -> torch.Tensor:
         """Reduce `[size, ...]` over the ranks and give rank r row r, `[...]`."""
         check_reduction("reduce_scatter", tensor, op)
         check_rows("reduce_scatter", tensor, self.size)
-        self._check_device("reduce_scatter", tensor)
         row = tensor.new_empty(tensor.shape[1:])
-        self._run(
+        return self._start(
             "reduce_scatter",
-            lambda: _reduce_scatter(row.view(-1), tensor.view(-1), _OPS[op], group=self._handle),
-        )
-        return row
+            lambda: backend.reduce_scatter(
+                row.view(-1), tensor.view(-1), backend.OPS[op], group=self._handle, async_op=True
+            ),
+            tensor,
+            result=row,
+        ).wait()
 
     def all_to_all(self, tensor: torch.Tensor) -> torch.Tensor:
         """Send row r of `[size, ...]` to rank r; row r of the result came from rank r."""
+        return self.start_all_to_all(tensor).wait()
+
+    def start_all_to_all(self, tensor: torch.Tensor) -> Pending:
+        """Begin `all_to_all`."""
         check_rows("all_to_all", tensor, self.size)
-        self._check_device("all_to_all", tensor)
         received = torch.empty_like(tensor)
-        self._run(
+        return self._start(
             "all_to_all",
-            lambda: dist.all_to_all_single(received.view(-1), tensor.view(-1), group=self._handle),
+            lambda: dist.all_to_all_single(
+                received.view(-1), tensor.view(-1), group=self._handle, async_op=True
+            ),
+            tensor,
+            result=received,
         )
-        return received
 
     def send(self, tensor: torch.Tensor, *, target: int) -> None:
         """Give `tensor` to rank `target`; small ones may be on their way when it returns."""
-        check_peer("send", tensor, target, self)
-        self._check_device("send", tensor)
-        self._run(
-            "send", lambda: dist.send(tensor, group=self._handle, group_dst=target), peer=target
-        )
+        check_peer("send", tensor, target, rank=self.rank, size=self.size)
+        self._start(
+            "send",
+            lambda: dist.isend(tensor, group=self._handle, group_dst=target),
+            tensor,
+            result=tensor,
+            peer=target,
+        ).wait()
 
     def receive_(self, tensor: torch.Tensor, *, source: int) -> None:
         """Overwrite `tensor` with what rank `source` sent."""
-        check_peer("receive_", tensor, source, self)
-        self._check_device("receive_", tensor)
-        self._run(
-            "receive_", lambda: dist.recv(tensor, group=self._handle, group_src=source), peer=source
-        )
+        check_peer("receive_", tensor, source, rank=self.rank, size=self.size)
+        self._start(
+            "receive_",
+            lambda: dist.irecv(tensor, group=self._handle, group_src=source),
+            tensor,
+            result=tensor,
+            peer=source,
+        ).wait()
 
     def broadcast_(self, tensor: torch.Tensor, *, source: int = 0) -> None:
         """Overwrite `tensor` on every rank with that of rank `source`."""
         check_source("broadcast_", tensor, source, self.size)
-        self._check_device("broadcast_", tensor)
-        self._run(
-            "broadcast_", lambda: dist.broadcast(tensor, group=self._handle, group_src=source)
-        )
+        self._start(
+            "broadcast_",
+            lambda: dist.broadcast(tensor, group=self._handle, group_src=source, async_op=True),
+            tensor,
+            result=tensor,
+        ).wait()
 
     def barrier(self) -> None:
-        """Return once every rank has called it."""
+        """Return once every rank has called it; on a GPU the host waits, too."""
         # A reduction rather than dist.barrier, which on NCCL guesses a device of its own.
         token = torch.zeros(1, device=self._device)
-        self._run("barrier", lambda: dist.all_reduce(token, group=self._handle))
-        token.item()
+        self._start(
+            "barrier",
+            lambda: dist.all_reduce(token, group=self._handle, async_op=True),
+            token,
+            result=token,
+        ).wait()
+        self.settle()
+
+    def settle(self) -> None:
+        """Return once all that was started is done; on a CPU what was waited for already is."""
+        if self._lost is not None:
+            raise self._lost
+        if self._is_device_apart:
+            self._unsettled.append(
+                Launched(operation="settle", peer=None, work=backend.StreamEnd())
+            )
+        try:
+            await_all(self._unsettled, timeout_s=self._timeout_s)
+        except Unfinished as error:
+            raise self._lose(error.operation, error, peer=error.peer) from error
+        finally:
+            self._unsettled.clear()
 
     def subgroup(self, ranks: Sequence[int]) -> Group | None:
         """Group of some of the ranks, ascending; None on a rank that is not among them.
@@ -157,54 +240,104 @@ class DistributedGroup:
         Every rank of the whole job must call it, with the same ranks and in the same order, the
         other ranks included; so a subgroup has no subgroups. Raises GroupMisuse and PeerLost.
         """
-        self._check_members(ranks)
+        check_members(ranks, self._ranks, is_whole=self.size == dist.get_world_size())
         if len(ranks) == 1:
             return SoloGroup() if self.rank == ranks[0] else None
-        made: list[dist.ProcessGroup] = []
-        timeout = timedelta(seconds=self._timeout_s)
-        self._run("subgroup", lambda: made.append(dist.new_group(list(ranks), timeout=timeout)))
-        if self.rank not in ranks:
-            return None
-        return DistributedGroup(
-            made[0], ranks=ranks, device=self._device, timeout_s=self._timeout_s
-        )
+        control = self._make(ranks, backend.CPU, control=None)
+        return self._make(ranks, self._device, control=control)
 
-    def _run(self, operation: str, call: Callable[[], object], *, peer: int | None = None) -> None:
-        """Make a call of torch.distributed whose arguments are known to be right."""
+    def forget(self) -> None:
+        """Let go of the process groups, this one's and its subgroups', which are destroyed.
+
+        While something holds one, its threads live on, and may outlive the interpreter.
+        """
+        for group in self._made:
+            group.forget()
+        self._made.clear()
+        if hasattr(self, "_handle"):
+            del self._handle
+
+    def _make(
+        self, ranks: Sequence[int], device: torch.device, *, control: DistributedGroup | None
+    ) -> DistributedGroup | None:
         if self._lost is not None:
             raise self._lost
         try:
-            call()
+            handle = backend.make_handle(ranks, device=device, timeout_s=self._timeout_s)
         except RuntimeError as error:
-            if peer is None and self.size == 2:
-                peer = 1 - self.rank
-            self._lost = PeerLost(
-                rank=self._ranks[self.rank],
-                operation=operation,
-                peer=None if peer is None else self._ranks[peer],
-                timeout_s=self._timeout_s,
-                cause=first_sentence(error),
-            )
-            raise self._lost from error
+            raise self._lose("subgroup", error) from error
+        if handle is None:
+            return None
+        made = DistributedGroup(
+            handle,
+            ranks=ranks,
+            device=device,
+            timeout_s=self._timeout_s,
+            processes=self._processes,
+            control=control,
+        )
+        self._made.append(made)
+        return made
 
-    def _check_device(self, what: str, tensor: torch.Tensor) -> None:
+    def _start(
+        self,
+        operation: str,
+        call: Callable[[], dist.Work | None],
+        tensor: torch.Tensor,
+        *,
+        result: torch.Tensor,
+        peer: int | None = None,
+    ) -> Flight:
+        """Begin an operation of torch.distributed whose other arguments are known to be right."""
         if tensor.device != self._device:
             raise GroupMisuse(
-                f"{what}: tensor on {tensor.device}; limit {self._device}, the group's device; "
-                "move the tensor there"
+                f"{operation}: tensor on {tensor.device}; limit {self._device}, the group's "
+                "device; move the tensor there, and let bytes go over the control group"
             )
-
-    def _check_members(self, ranks: Sequence[int]) -> None:
-        is_whole = len(self._ranks) == dist.get_world_size()
-        is_ascending = list(ranks) == sorted(set(ranks)) and len(ranks) > 0
-        if not is_whole or not is_ascending or not 0 <= ranks[0] <= ranks[-1] < self.size:
+        if self._lost is not None:
+            raise self._lost
+        if not hasattr(self, "_handle"):
             raise GroupMisuse(
-                f"subgroup: ranks {list(ranks)} of {list(self._ranks)}; limit ascending ranks of "
-                "the whole job's group; make subgroups from the group that join gave"
+                f"{operation}: the group was left; limit the time between join and its end; "
+                "join again"
             )
+        try:
+            work = call()
+        except RuntimeError as error:
+            raise self._lose(operation, error, peer=peer) from error
+        assert work is not None
+        # A captured operation has not run: the graph's replay is watched by its stream's end.
+        if self._is_device_apart and not torch.cuda.is_current_stream_capturing():
+            self._unsettled.append(
+                Launched(operation=operation, peer=peer, work=backend.NcclWork(work))
+            )
+            drop_completed(self._unsettled, max_left=_MAX_UNSETTLED)
+        finish = partial(self._finish, operation, work, peer=peer)
+        return Flight(result=result, held=tensor, finish=finish)
 
+    def _finish(self, operation: str, work: dist.Work, *, peer: int | None) -> None:
+        if self._lost is not None:
+            raise self._lost
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._lose(operation, error, peer=peer) from error
 
-def first_sentence(error: Exception) -> str:
-    """What a library's error says, without its source line, stack and advice."""
-    text = _SOURCE_LINE.sub("", " ".join(str(error).split()))
-    return text.split(". ", maxsplit=1)[0].rstrip(".") or type(error).__name__
+    def _lose(self, operation: str, error: Exception, *, peer: int | None = None) -> PeerLost:
+        """Note that the group is broken; the error to raise, now and from every later call."""
+        self._lost = PeerLost(
+            rank=self._ranks[self.rank],
+            operation=operation,
+            peer=self._find_lost() if peer is None else self._ranks[peer],
+            timeout_s=self._timeout_s,
+            cause=backend.first_sentence(error),
+        )
+        return self._lost
+
+    def _find_lost(self) -> int | None:
+        """The one rank of the job that must be, or can be seen to be, lost; None if unknown."""
+        if self.size == 2:
+            return self._ranks[1 - self.rank]
+        members = [rank for rank in self._ranks if rank < len(self._processes)]
+        gone = await_gone([self._processes[rank] for rank in members], patience_s=_PATIENCE_S)
+        return members[gone[0]] if len(gone) == 1 else None

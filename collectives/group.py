@@ -1,31 +1,37 @@
 """Collectives as methods of a Group, which every caller gets as an argument.
 
-Owns what a collective promises (shapes, effects, who must call), the checks that every group makes
-before it moves anything, and the group of one rank. Refuses to know attention and the mesh's
-meaning. There is no default group and no ambient state.
+Owns what a collective promises (shapes, effects, who must call) and the group of one rank. Refuses
+to know attention and the mesh's meaning. There is no default group and no ambient state.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
-from collectives.errors import GroupMisuse
-
-Reduction = Literal["sum", "max"]
-REDUCTIONS = ("sum", "max")
-MOVABLE = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
+from collectives.checks import (
+    Reduction,
+    check_members,
+    check_peer,
+    check_reduction,
+    check_rows,
+    check_source,
+    check_tensor,
 )
+from collectives.messages import ByteMessages
+
+
+class Pending(Protocol):
+    """A collective that was started, and whose tensors are not touched before `wait`."""
+
+    def wait(self) -> torch.Tensor:
+        """Result, once it may be used; raises PeerLost. A second call gives the same.
+
+        On a CPU the result is there when this returns. On a GPU what the caller launches afterwards
+        on the stream that started the collective sees it; the host goes on at once.
+        """
 
 
 class Group(Protocol):
@@ -34,6 +40,12 @@ class Group(Protocol):
     Tensors are contiguous, on the group's device, of one shape and one dtype of `MOVABLE` on all
     ranks. A sum's order of addition is the group's own: who needs the same bits on another number
     of ranks gathers, and adds in an order of his own. `max` promises nothing about NaN.
+
+    A `start_` form returns at once and runs beside what the caller does next; started collectives
+    may be waited for in any order, and the order that must agree on all ranks is that of starting.
+    Until `wait` its argument is neither written nor, for `start_all_reduce_`, read. On a CPU each
+    call or `wait` raises PeerLost itself; on a GPU that may be left to a later call, at the latest
+    to `settle`, which therefore comes before the host reads what was computed from a result.
     """
 
     @property
@@ -71,8 +83,40 @@ class Group(Protocol):
     def barrier(self) -> None:
         """Return once every rank has called it."""
 
+    def start_all_reduce_(self, tensor: torch.Tensor, *, op: Reduction = "sum") -> Pending:
+        """Begin `all_reduce_`; the result is `tensor` itself."""
 
-class SoloGroup:
+    def start_all_gather(self, tensor: torch.Tensor) -> Pending:
+        """Begin `all_gather`."""
+
+    def start_all_to_all(self, tensor: torch.Tensor) -> Pending:
+        """Begin `all_to_all`."""
+
+    def settle(self) -> None:
+        """Return once all that was started on this group is done; PeerLost after the deadline."""
+
+    def subgroup(self, ranks: Sequence[int]) -> Group | None:
+        """Group of some of the ranks, ascending; None on a rank that is not among them.
+
+        Every rank of the whole job must call it, with the same ranks and in the same order, the
+        other ranks included; so a subgroup has no subgroups. Raises GroupMisuse and PeerLost.
+        """
+
+    @property
+    def control(self) -> Group:
+        """Group of the same ranks for small messages on the CPU, which never queue behind data.
+
+        Its deadline counts while a rank idles, too: who has nothing to say must say so in time.
+        """
+
+    def broadcast_bytes(self, data: bytes | None, *, source: int = 0) -> bytes:
+        """Give every rank the bytes of rank `source`, where `data` must not be None; CPU groups."""
+
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
+        """Give every rank the bytes of all, in rank order, lengths free; CPU groups alone."""
+
+
+class SoloGroup(ByteMessages):
     """The group of one rank: moves nothing, and checks what a larger group would check."""
 
     __slots__ = ()
@@ -109,11 +153,11 @@ class SoloGroup:
 
     def send(self, tensor: torch.Tensor, *, target: int) -> None:
         """Raise GroupMisuse: there is no other rank."""
-        check_peer("send", tensor, target, self)
+        check_peer("send", tensor, target, rank=0, size=1)
 
     def receive_(self, tensor: torch.Tensor, *, source: int) -> None:
         """Raise GroupMisuse: there is no other rank."""
-        check_peer("receive_", tensor, source, self)
+        check_peer("receive_", tensor, source, rank=0, size=1)
 
     def broadcast_(self, tensor: torch.Tensor, *, source: int = 0) -> None:
         """Leave `tensor` as it is."""
@@ -122,56 +166,41 @@ class SoloGroup:
     def barrier(self) -> None:
         """Return at once."""
 
+    def start_all_reduce_(self, tensor: torch.Tensor, *, op: Reduction = "sum") -> Pending:
+        """`all_reduce_`, which is done at once."""
+        self.all_reduce_(tensor, op=op)
+        return Done(tensor)
 
-def check_tensor(what: str, tensor: torch.Tensor) -> None:
-    """Raise GroupMisuse where no group could move the tensor."""
-    if not tensor.is_contiguous():
-        raise GroupMisuse(
-            f"{what}: tensor with strides {tuple(tensor.stride())}; limit contiguous memory; "
-            "call .contiguous() first"
-        )
-    if tensor.dtype not in MOVABLE:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in MOVABLE)
-        raise GroupMisuse(
-            f"{what}: dtype {tensor.dtype}; limit {names}; view the tensor as one of them"
-        )
+    def start_all_gather(self, tensor: torch.Tensor) -> Pending:
+        """`all_gather`, which is done at once."""
+        return Done(self.all_gather(tensor))
 
+    def start_all_to_all(self, tensor: torch.Tensor) -> Pending:
+        """`all_to_all`, which is done at once."""
+        return Done(self.all_to_all(tensor))
 
-def check_reduction(what: str, tensor: torch.Tensor, op: str) -> None:
-    """Raise GroupMisuse where the tensor cannot be reduced by `op`."""
-    check_tensor(what, tensor)
-    if op not in REDUCTIONS:
-        raise GroupMisuse(
-            f"{what}: reduction {op!r}; limit {' or '.join(REDUCTIONS)}; choose one of them"
-        )
-    if tensor.dtype == torch.bool:
-        raise GroupMisuse(f"{what}: dtype torch.bool; limit numbers; reduce a uint8 tensor by max")
+    def settle(self) -> None:
+        """Return at once."""
 
+    def subgroup(self, ranks: Sequence[int]) -> Group | None:
+        """Itself: `ranks` can only be `[0]`."""
+        check_members(ranks, range(self.size), is_whole=True)
+        return self
 
-def check_rows(what: str, tensor: torch.Tensor, size: int) -> None:
-    """Raise GroupMisuse unless the tensor can be moved and has one row a rank."""
-    check_tensor(what, tensor)
-    rows = tensor.shape[0] if tensor.dim() else 0
-    if rows != size:
-        raise GroupMisuse(
-            f"{what}: {rows} rows; limit {size}, one a rank; reshape the tensor to [size, ...]"
-        )
+    @property
+    def control(self) -> Group:
+        """Itself."""
+        return self
 
 
-def check_source(what: str, tensor: torch.Tensor, source: int, size: int) -> None:
-    """Raise GroupMisuse unless the tensor can be moved and `source` is a rank."""
-    check_tensor(what, tensor)
-    if not 0 <= source < size:
-        raise GroupMisuse(
-            f"{what}: source {source}; limit 0 to {size - 1}; name a rank of the group"
-        )
+class Done:
+    """A collective that was complete when it was started."""
 
+    __slots__ = ("_result",)
 
-def check_peer(what: str, tensor: torch.Tensor, peer: int, group: Group) -> None:
-    """Raise GroupMisuse unless the tensor can be moved and `peer` is another rank."""
-    check_tensor(what, tensor)
-    if peer == group.rank or not 0 <= peer < group.size:
-        raise GroupMisuse(
-            f"{what}: peer {peer} of rank {group.rank}; limit 0 to {group.size - 1} but itself; "
-            "name another rank of the group"
-        )
+    def __init__(self, result: torch.Tensor) -> None:
+        self._result = result
+
+    def wait(self) -> torch.Tensor:
+        """Result, at once."""
+        return self._result

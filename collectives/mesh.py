@@ -65,6 +65,11 @@ class Mesh:
         first = self.rank_of(head_idx=head_idx, context_idx=0)
         return range(first, first + self.context)
 
+    @property
+    def context_groups(self) -> tuple[range, ...]:
+        """`context_ranks` of every head group, in the order in which all ranks make subgroups."""
+        return tuple(self.context_ranks(head_idx) for head_idx in range(self.heads))
+
     def check_kv_heads(self, num_kv_heads: int) -> None:
         """Raise MeshInvalid where the head axis does not divide the model's KV heads."""
         if num_kv_heads < 1 or num_kv_heads % self.heads:

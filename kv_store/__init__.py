@@ -17,10 +17,12 @@ from kv_store.errors import (
     StoreFull,
     StoreNotWritable,
 )
+from kv_store.holding import Holding
 from kv_store.layout import CLUSTER_TENSORS, Layout
 from kv_store.listing import DocumentInfo
 from kv_store.load import load_clusters, load_resident
-from kv_store.manifest import DocumentParams, Manifest
+from kv_store.manifest import DocumentParams, FileEntry, Manifest
+from kv_store.segments import SegmentFiles
 from kv_store.store import Store
 from kv_store.writer import DocumentWriter
 
@@ -30,10 +32,13 @@ __all__ = [
     "DocumentInfo",
     "DocumentParams",
     "DocumentWriter",
+    "FileEntry",
     "Manifest",
+    "SegmentFiles",
     "Damage",
     "Layout",
     "CLUSTER_TENSORS",
+    "Holding",
     "ResidentDocument",
     "ClusterTables",
     "load_clusters",

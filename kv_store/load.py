@@ -1,4 +1,4 @@
-"""From disk into memory: a finished document becomes resident, every byte checked on the way.
+"""From disk into memory: what is held of a finished document becomes resident, every byte checked.
 
 Owns the threads that read. Bytes land in their final place and are checked there, while they are in
 cache, before anybody sees them. Refuses to know what they are used for.
@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from kv_store.clusters import TableBuilder
-from kv_store.device import SLOT_TENSORS, ResidentDocument, widest
+from kv_store.device import SLOT_TENSORS, ResidentDocument
 from kv_store.disk import TensorFile, byte_rows, torch_dtype
 from kv_store.document import Document
-from kv_store.layout import CLUSTER_TENSORS, Layout
+from kv_store.holding import Holding
+from kv_store.layout import CLUSTER_TENSORS
 
 T = TypeVar("T")
+_File = tuple[int, int]  # (segment, KV head)
 
+_SLIDING = ("sliding_k", "sliding_v")
 _INT_TABLES = [name for name, (dtype, _, _) in CLUSTER_TENSORS.items() if dtype == "int32"]
 _FLOAT_TABLES = [name for name in CLUSTER_TENSORS if name not in _INT_TABLES]
 
@@ -30,30 +33,28 @@ def load_resident(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    holding: Holding | None = None,
     has_clusters: bool = True,
     num_threads: int = 2,
     verify: bool = True,
 ) -> ResidentDocument:
-    """Bring a finished document into memory, with its cluster tables if `has_clusters`.
+    """Bring what is held of a finished document (None: all) into memory, with its cluster tables if
+    `has_clusters`.
 
     `num_threads` read beside each other and are gone on return. `verify=False` skips the tensor
     checksums, to measure what they cost. Errors: DocumentDamaged, naming the file.
     """
-    layout = document.layout
-    resident = ResidentDocument.for_layout(layout, dtype=dtype, device=device)
-    stored = torch_dtype(layout.kv_dtype)
-    is_direct = resident.device.type == "cpu" and resident.dtype == stored
+    held = Holding.whole(document.layout) if holding is None else holding
+    resident = ResidentDocument(held, dtype=dtype, device=device)
+    is_direct = resident.device.type == "cpu" and dtype == torch_dtype(document.layout.kv_dtype)
 
-    def read(head: tuple[int, int]) -> dict[str, Tensor]:
-        with document.open_head(*head, verify=verify) as file:
-            return _read_kv(file, resident, layout, *head, is_direct=is_direct)
+    def read(file: _File) -> None:
+        with document.open_head(*file, verify=verify) as tensors:
+            _read_kv(tensors, resident, *file, is_direct=is_direct)
 
-    tails = _for_each(read, _heads(layout), num_threads)
-    for segment_idx in range(layout.num_segments):
-        resident.num_sealed = layout.segment_span(segment_idx)[1]
-        first = segment_idx * layout.num_kv_heads
-        if tails[first]:
-            resident.append_tail(tails[first : first + layout.num_kv_heads])
+    _for_each(read, held.files, num_threads)
+    _load_tails(document, resident, verify=verify)
+    resident.num_sealed = resident.num_tokens
     if has_clusters:
         load_clusters(document, resident, num_threads=num_threads, verify=verify)
     return resident
@@ -66,73 +67,69 @@ def load_clusters(
 
     Errors: DocumentDamaged, naming the file.
     """
-    layout, first_slots, widths = document.layout, [], []
-    for segment_idx in range(layout.num_segments):
-        columns = []
-        for kv_head_idx in range(layout.num_kv_heads):
-            with document.open_head(segment_idx, kv_head_idx, verify=verify) as file:
-                if "cluster_sizes" not in file.entries:
-                    return
-                columns.append(_columns(file))
-        first_slots.append(layout.segment_span(segment_idx)[0])
-        widths.append(widest(columns))
-    tables = resident.table_builder(first_slots, widths)
+    files, widths = resident.holding.files, {}
+    for file in files:
+        with document.open_head(*file, verify=verify) as tensors:
+            if "cluster_sizes" not in tensors.entries:
+                return
+            widths[file] = _columns(tensors)
+    tables = resident.table_builder(widths)
 
-    def read(head: tuple[int, int]) -> None:
-        with document.open_head(*head, verify=verify) as file:
-            _read_tables(file, tables, *head)
+    def read(file: _File) -> None:
+        with document.open_head(*file, verify=verify) as tensors:
+            _read_tables(tensors, tables, *file)
 
-    _for_each(read, _heads(layout), num_threads)
+    _for_each(read, files, num_threads)
     resident.clusters = tables.finish(device=resident.device)
 
 
-def _heads(layout: Layout) -> list[tuple[int, int]]:
-    """(segment, KV head) of every file of segments."""
-    return [
-        (segment_idx, kv_head_idx)
-        for segment_idx in range(layout.num_segments)
-        for kv_head_idx in range(layout.num_kv_heads)
-    ]
-
-
-def _for_each(
-    work: Callable[[tuple[int, int]], T], heads: list[tuple[int, int]], num_threads: int
-) -> list[T]:
+def _for_each(work: Callable[[_File], T], files: list[_File], num_threads: int) -> list[T]:
     with ThreadPoolExecutor(num_threads, thread_name_prefix="kv-read") as pool:
-        return list(pool.map(work, heads))
+        return list(pool.map(work, files))
 
 
 def _read_kv(
-    file: TensorFile,
+    tensors: TensorFile,
     resident: ResidentDocument,
-    layout: Layout,
     segment_idx: int,
     kv_head_idx: int,
     *,
     is_direct: bool,
-) -> dict[str, Tensor]:
-    """Fill one KV head's part of one segment; return the sliding tensors that still matter."""
-    start, end = layout.segment_span(segment_idx)
-    if is_direct:
-        for name in SLOT_TENSORS:
-            file.read_into(name, byte_rows(resident.slots(name, kv_head_idx, start, end)))
-    else:
-        stored = {name: file.read(name) for name in SLOT_TENSORS}
-        resident.fill(kv_head_idx, start, end, stored)
-    if not layout.num_sliding_layers or end <= layout.num_tokens - layout.sliding_window:
-        return {}
-    return {name: file.read(name) for name in ("sliding_k", "sliding_v")}
+) -> None:
+    for name in SLOT_TENSORS:
+        place = resident.slots(name, segment_idx, kv_head_idx)
+        if is_direct:
+            tensors.read_into(name, byte_rows(place))
+        else:
+            place.copy_(tensors.read(name))
 
 
-def _columns(file: TensorFile) -> tuple[int, int]:
+def _load_tails(document: Document, resident: ResidentDocument, *, verify: bool) -> None:
+    """The sliding-window tensors of every KV head, whoever holds its segments."""
+    layout = document.layout
+    if not layout.num_sliding_layers:
+        return
+    for segment_idx in range(layout.num_segments):
+        _, end = layout.segment_span(segment_idx)
+        if end <= layout.num_tokens - layout.sliding_window:
+            continue
+        heads = []
+        for kv_head_idx in resident.holding.kv_heads:
+            with document.open_head(segment_idx, kv_head_idx, verify=verify) as tensors:
+                heads.append({name: tensors.read(name) for name in _SLIDING})
+        resident.num_sealed = end
+        resident.append_tail(heads)
+
+
+def _columns(tensors: TensorFile) -> tuple[int, int]:
     """Clusters and groups of one file."""
-    return file.entries["cluster_sizes"].shape[1], file.entries["group_sizes"].shape[1]
+    return tensors.entries["cluster_sizes"].shape[1], tensors.entries["group_sizes"].shape[1]
 
 
 def _read_tables(
-    file: TensorFile, tables: TableBuilder, segment_idx: int, kv_head_idx: int
+    tensors: TensorFile, tables: TableBuilder, segment_idx: int, kv_head_idx: int
 ) -> None:
-    tables.put(segment_idx, kv_head_idx, {name: file.read(name) for name in _INT_TABLES})
+    ints: dict[str, Tensor] = {name: tensors.read(name) for name in _INT_TABLES}
+    tables.put(segment_idx, kv_head_idx, ints)
     for name in _FLOAT_TABLES:
-        width = file.entries[name].shape[1]
-        file.read_into(name, byte_rows(tables.place(name, segment_idx, kv_head_idx, width)))
+        tensors.read_into(name, byte_rows(tables.place(name, segment_idx, kv_head_idx)))

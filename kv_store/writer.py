@@ -15,11 +15,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kv_store.clusters import trim_padding
-from kv_store.disk import EncodedFile, TensorFile, dtype_name, encode_tensors
+from kv_store.disk import EncodedFile, TensorFile, encode_tensors
 from kv_store.document import read_checked
 from kv_store.errors import DocumentDamaged, DocumentIncomplete, InvalidSegment
-from kv_store.files import make_directory, named_faults, remove_tree, sync_directory, write_atomic
+from kv_store.files import named_faults, remove_tree, sync_directory, write_atomic
 from kv_store.layout import Layout, segment_file
 from kv_store.lock import Lock
 from kv_store.manifest import (
@@ -34,6 +33,7 @@ from kv_store.manifest import (
     compute_document_hash,
     encode_manifest,
 )
+from kv_store.segments import SegmentFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,24 +146,30 @@ class DocumentWriter:
         """Segments on disk, counted from the first; the next one to append has this index."""
         return len(self._sealed) // self.layout.num_kv_heads
 
+    @property
+    def files(self) -> SegmentFiles:
+        """The segment files, for whoever writes or reads some KV heads of them."""
+        return SegmentFiles(directory=self._directory, digest=self._digest, layout=self.layout)
+
     def append_segment(self, segment_idx: int, heads: Sequence[Mapping[str, Tensor]]) -> None:
-        """Write one segment, one mapping of named tensors per KV head; on return it is sealed.
+        """Write one segment, one mapping of named tensors per KV head, and seal it.
 
-        Padding columns of cluster tensors that no layer uses are not stored.
-        Tensors: docs/disk_format.md. Errors: InvalidSegment; StoreFull, StoreNotWritable,
-        StoreError, after which the segment is not sealed and the document can be resumed.
+        Errors: those of `SegmentFiles.write` and `seal`, after which the segment is not sealed and
+        the document can be resumed.
         """
-        self._check_segment(segment_idx, heads)
-        directory = self._directory / segment_file(segment_idx, 0)
-        make_directory(directory.parent)
-        entries = []
-        for kv_head_idx, tensors in enumerate(heads):
-            metadata = _segment_metadata(self._digest, segment_idx, kv_head_idx)
-            encoded = encode_tensors(trim_padding(tensors), metadata)
-            entries.append(encoded.write(self._directory, segment_file(segment_idx, kv_head_idx)))
-        self._sealed.extend(entries)
+        self._check_next(segment_idx, len(heads))
+        entries = self.files.write(segment_idx, dict(enumerate(heads)))
+        self.seal(segment_idx, entries)
 
-    def _check_segment(self, segment_idx: int, heads: Sequence[Mapping[str, Tensor]]) -> None:
+    def seal(self, segment_idx: int, entries: Mapping[int, FileEntry]) -> None:
+        """Count a segment as sealed: every KV head's file is on disk, whoever wrote it.
+
+        Errors: InvalidSegment if it is not the next one, or a KV head is missing.
+        """
+        self._check_next(segment_idx, len(entries))
+        self._sealed.extend(entries[kv_head_idx] for kv_head_idx in sorted(entries))
+
+    def _check_next(self, segment_idx: int, num_heads: int) -> None:
         layout = self.layout
         where = f"document {self.name!r}: segment {segment_idx}"
         wanted = self.sealed_segments
@@ -171,13 +177,8 @@ class DocumentWriter:
             raise InvalidSegment(
                 f"{where} out of order; limit {wanted} of {layout.num_segments}; append in order"
             )
-        if len(heads) != layout.num_kv_heads:
-            raise InvalidSegment(f"{where}: {len(heads)} KV heads, wanted {layout.num_kv_heads}")
-        for kv_head_idx, tensors in enumerate(heads):
-            described = {n: (dtype_name(t.dtype), tuple(t.shape)) for n, t in tensors.items()}
-            misfit = layout.find_misfit(segment_idx, described)
-            if misfit is not None:
-                raise InvalidSegment(f"{where}: KV head {kv_head_idx}: {misfit}")
+        if num_heads != layout.num_kv_heads:
+            raise InvalidSegment(f"{where}: {num_heads} KV heads, wanted {layout.num_kv_heads}")
 
     def read_segment(self, segment_idx: int) -> list[dict[str, Tensor]]:
         """The stored form of a sealed segment, checked, one dict per KV head, in host memory.
@@ -189,12 +190,7 @@ class DocumentWriter:
                 f"document {self.name!r}: segment {segment_idx} is not sealed; "
                 f"limit {self.sealed_segments} sealed segments; append it first"
             )
-        num_kv_heads = self.layout.num_kv_heads
-        heads = []
-        for entry in self._sealed[segment_idx * num_kv_heads : (segment_idx + 1) * num_kv_heads]:
-            with TensorFile(self._directory, entry.path, expected=entry) as file:
-                heads.append(file.read_all())
-        return heads
+        return [self.files.read(segment_idx, head) for head in range(self.layout.num_kv_heads)]
 
     def finish(self) -> str:
         """Write the manifest, make the document readable, return the document hash.
@@ -245,38 +241,15 @@ def keep_sealed(directory: Path, source: Source) -> list[FileEntry]:
 
     Every byte is read: a resume must not build on damage.
     """
-    layout, digest = source.manifest.layout, source.manifest.source
+    layout = source.manifest.layout
+    files = SegmentFiles(directory=directory, digest=source.manifest.source, layout=layout)
     sealed: list[FileEntry] = []
     for segment_idx in range(layout.num_segments):
         try:
-            sealed += _check_segment_files(directory, layout, digest, segment_idx)
+            sealed += [files.check(segment_idx, head) for head in range(layout.num_kv_heads)]
         except DocumentDamaged:
             break
     num_sealed = len(sealed) // layout.num_kv_heads
     for segment_idx in range(num_sealed, layout.num_segments):
         remove_tree((directory / segment_file(segment_idx, 0)).parent)
     return sealed
-
-
-def _check_segment_files(
-    directory: Path, layout: Layout, digest: str, segment_idx: int
-) -> list[FileEntry]:
-    entries = []
-    for kv_head_idx in range(layout.num_kv_heads):
-        path = segment_file(segment_idx, kv_head_idx)
-        with TensorFile(directory, path, expected=None) as file:
-            wanted = _segment_metadata(digest, segment_idx, kv_head_idx)
-            if not wanted.items() <= file.metadata.items():
-                what = "belongs to another document or version"
-                raise DocumentDamaged(document=directory.name, file=path, what=what)
-            file.check_all()
-            entries.append(FileEntry(path=path, size_bytes=file.size_bytes, digest=file.digest))
-    return entries
-
-
-def _segment_metadata(digest: str, segment_idx: int, kv_head_idx: int) -> dict[str, str]:
-    return {
-        "source": digest,
-        "segment_idx": str(segment_idx),
-        "kv_head_idx": str(kv_head_idx),
-    }

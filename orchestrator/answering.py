@@ -1,7 +1,7 @@
 """One question from token ids to an answer: prefill of the question, decode, evidence, recall.
 
-Owns the loop of forwards and what is measured around it. Knows neither locks nor caches
-(`engine.py`) nor how a layer attends (`model/attention.py`).
+Owns the loop of forwards and what is measured around it, on rank 0. Knows neither admission
+(`coordinator.py`) nor how ranks carry a forward out (`worker.py`, `model/attention.py`).
 """
 
 from __future__ import annotations
@@ -11,24 +11,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from kv_store import Document
-from orchestrator.config import EngineConfig
+from orchestrator.cluster.executor import Executor
 from orchestrator.errors import ContextTooLong, UsageError
 from orchestrator.evidence import find_evidence, sentence_spans
-from orchestrator.model.attention import AttentionPlan, DocumentContext, QuestionAttention
 from orchestrator.model.load import LoadedModel
 from orchestrator.model.recorder import Recorder
 from orchestrator.model.sampler import make_generator, sample
 from orchestrator.model.tokenizer import TextStream
 from orchestrator.selection import Decision, decide, selector_facts
 from orchestrator.stack import library_versions, stack_manifest
+from orchestrator.steps import AttentionPlan, BeginQuestion, EndQuestion, Forward
 from orchestrator.types import Answer, AskOptions, Evidence, Score, Timing, Usage
-from sparse_attn.api import Backend
-from sparse_attn.select.base import Limit
+from orchestrator.worker import HeldDocument
 
 MAX_EVIDENCE_SPANS = 5
 # One query in RECALL_PERIOD of each layer has its recall sampled, if that leaves enough pairs.
@@ -36,12 +35,11 @@ RECALL_PERIOD = 8
 MIN_SAMPLED_PAIRS = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpenDocument:
-    """A document on disk (locked against removal) and its KV in memory."""
+class AskedDocument:
+    """An open document as answers need it: its text cut into sentences, its tokens into spans."""
 
-    document: Document
-    context: DocumentContext
+    def __init__(self, held: HeldDocument) -> None:
+        self.document, self.context = held.document, held.context
 
     @cached_property
     def sentences(self) -> list[tuple[int, int]]:
@@ -58,18 +56,25 @@ class OpenDocument:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """Everything that one question needs."""
+    """Everything that one question needs. ids: of its tokens; question_id: what ranks call it."""
 
-    model: LoadedModel
-    document: OpenDocument
-    backend: Backend
-    config: EngineConfig
-    text: str
+    executor: Executor
+    question_id: int
+    document: AskedDocument
+    ids: list[int]
     options: AskOptions
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model, as rank 0 has it."""
+        return self.executor.worker.model
 
 
 class Session:
-    """A question in progress: its decision, attention and recorder, and the next token's logits."""
+    """A question in progress on all ranks: its decision, and the next token's logits.
+
+    Use it as a context manager: leaving it makes the ranks forget the question.
+    """
 
     def __init__(self, question: Question, *, num_answer_tokens: int) -> None:
         self.question = question
@@ -81,9 +86,7 @@ class Session:
             num_steady=context.num_sinks + context.num_window,
             keys_per_cluster=int(params.selector.get("keys_per_cluster", 0)),
         )
-        self.question_ids = model.tokenizer.question(
-            question.text, instruction=question.options.system
-        )
+        self.question_ids = question.ids
         self._check_room(num_answer_tokens)
         plan = attention_plan(
             self.decision,
@@ -91,28 +94,43 @@ class Session:
             num_queries=len(self.question_ids),
             num_layers=len(model.cfg.full_layers),
         )
-        self.recorder = Recorder(context.resident, recall_period=plan.recall_period)
-        self._attention = QuestionAttention(
-            context,
-            plan,
-            question.backend,
-            self.recorder,
-            scale=model.cfg.attention_scale,
-            windows=model.cfg.windows,
-            capacity_tokens=len(self.question_ids) + num_answer_tokens,
+        question.executor.run(
+            BeginQuestion(
+                question_id=question.question_id,
+                document=question.document.document.name,
+                attention=plan,
+                capacity_tokens=len(self.question_ids) + num_answer_tokens,
+            )
         )
-        self._position = context.num_tokens
+        self._is_open = True
 
     def forward(self, ids: list[int]) -> Tensor:
         """Logits [V] float32 after the last of `ids`."""
-        decoder = self.question.model.decoder
-        positions = torch.arange(self._position, self._position + len(ids), device=decoder.device)
-        self._position += len(ids)
-        with torch.inference_mode():
-            hidden = decoder.forward(
-                torch.tensor(ids, device=decoder.device), positions, self._attention
-            )
-            return decoder.logits(hidden[-1:])[0]
+        step = Forward(question_id=self.question.question_id, ids=tuple(ids))
+        logits: Tensor = self.question.executor.run(step)
+        return logits
+
+    @property
+    def recorder(self) -> Recorder:
+        """What attention saw so far on rank 0."""
+        return self.question.executor.worker.recorder_of(self.question.question_id)
+
+    def end(self) -> Recorder:
+        """What attention saw, of all ranks together; nothing is forwarded after it."""
+        recorder: Recorder = self._end(reports=True)
+        return recorder
+
+    def _end(self, *, reports: bool) -> Any:
+        self._is_open = False
+        step = EndQuestion(question_id=self.question.question_id, reports=reports)
+        return self.question.executor.run(step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._is_open and self.question.executor.failure is None:
+            self._end(reports=False)
 
     def _check_room(self, num_answer_tokens: int) -> None:
         limit = self.question.model.cfg.max_context_tokens
@@ -135,9 +153,9 @@ def attention_plan(
     fullest = min(num_queries // 2, num_queries * num_layers // MIN_SAMPLED_PAIRS)
     return AttentionPlan(
         mode=decision.mode,
-        limit=Limit(keys=decision.retrieved_keys or 0)
-        if decision.mass is None
-        else Limit(mass=decision.mass),
+        keys=None if decision.mass is not None else decision.retrieved_keys or 0,
+        mass=decision.mass,
+        choice=options.choice,
         levels=decision.levels,
         recall_period=max(1, min(RECALL_PERIOD, fullest)),
         seed=options.sampling.seed,
@@ -153,9 +171,23 @@ def answer_question(
     open_s: float,
     on_token: Callable[[str], None] | None,
 ) -> Answer:
-    """Generate until a stop token or `max_tokens`. `started` is when the question arrived."""
-    options = question.options
-    session = Session(question, num_answer_tokens=options.max_tokens)
+    """Generate until a stop token or `max_tokens`. `started` is when the question arrived.
+
+    What `on_token` raises ends the question and goes on to the caller.
+    """
+    with Session(question, num_answer_tokens=question.options.max_tokens) as session:
+        return _generate(session, started=started, load_s=load_s, open_s=open_s, on_token=on_token)
+
+
+def _generate(
+    session: Session,
+    *,
+    started: float,
+    load_s: float,
+    open_s: float,
+    on_token: Callable[[str], None] | None,
+) -> Answer:
+    question, options = session.question, session.question.options
     generator = make_generator(options.sampling)
     stream = TextStream(question.model.tokenizer)
     answer_ids: list[int] = []
@@ -198,16 +230,13 @@ def score_answer(question: Question, answer: str, *, prefix: str) -> Score:
         raise UsageError(
             "the answer to score has no tokens; a score needs at least one; give its text"
         )
-    session = Session(question, num_answer_tokens=len(prefix_ids) + len(answer_ids))
-    logits = session.forward(session.question_ids + prefix_ids)
-    losses = [_loss(logits, answer_ids[0])]
-    for given, token in pairwise(answer_ids):
-        losses.append(_loss(session.forward([given]), token))
-    return Score(
-        nll_per_token=sum(losses) / len(losses),
-        num_tokens=len(losses),
-        recall=session.recorder.recall(),
-    )
+    with Session(question, num_answer_tokens=len(prefix_ids) + len(answer_ids)) as session:
+        logits = session.forward(session.question_ids + prefix_ids)
+        losses = [_loss(logits, answer_ids[0])]
+        for given, token in pairwise(answer_ids):
+            losses.append(_loss(session.forward([given]), token))
+        recall = session.end().recall()
+    return Score(nll_per_token=sum(losses) / len(losses), num_tokens=len(losses), recall=recall)
 
 
 def _loss(logits: Tensor, token: int) -> float:
@@ -224,7 +253,8 @@ def _assemble(
     session: Session, text: str, finish_reason: str, num_answer: int, timing: Timing
 ) -> Answer:
     question, document = session.question, session.question.document
-    mean_keys, max_keys = session.recorder.attended_keys()
+    recorder = session.end()
+    mean_keys, max_keys = recorder.attended_keys()
     num_document, num_question = document.context.num_tokens, len(session.question_ids)
     return Answer(
         text=text,
@@ -240,19 +270,18 @@ def _assemble(
             completion_tokens=num_answer,
             attended_keys_mean=mean_keys,
             attended_keys_max=max_keys,
-            bytes_read=session.recorder.bytes_read(),
+            bytes_read=recorder.bytes_read(),
         ),
         timing=timing,
-        recall=session.recorder.recall(),
-        evidence=_evidence(session),
+        recall=recorder.recall(),
+        evidence=_evidence(document, recorder),
         stack=_stack(session),
     )
 
 
-def _evidence(session: Session) -> tuple[Evidence, ...]:
-    document = session.question.document
+def _evidence(document: AskedDocument, recorder: Recorder) -> tuple[Evidence, ...]:
     spans = find_evidence(
-        session.recorder.token_mass(),
+        recorder.token_mass(),
         document.evidence_spans,
         document.sentences,
         max_spans=MAX_EVIDENCE_SPANS,
@@ -265,16 +294,16 @@ def _evidence(session: Session) -> tuple[Evidence, ...]:
 
 
 def _stack(session: Session) -> dict[str, object]:
-    question = session.question
+    question, config = session.question, session.question.executor.worker.config
     params = question.document.document.manifest.params
     return stack_manifest(
         weights=question.model.fingerprint,
-        dtype=question.config.dtype,
-        device=question.config.device,
-        backend=question.config.backend,
+        dtype=config.dtype,
+        device=config.device,
+        backend=config.backend,
         selector=selector_facts(question.options, session.decision, index=params.selector),
-        mesh=question.config.mesh,
-        threads=question.config.threads,
-        is_deterministic=question.config.is_deterministic,
+        mesh=config.mesh,
+        threads=config.threads,
+        is_deterministic=config.is_deterministic,
         libraries=library_versions(),
     )

@@ -13,11 +13,15 @@ import click
 
 from orchestrator.commands.ask import ask
 from orchestrator.commands.bench import bench
+from orchestrator.commands.calibrate import calibrate
 from orchestrator.commands.docs import docs
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.evaluate import evaluate
 from orchestrator.commands.ingest import ingest
+from orchestrator.commands.launch import launch
 from orchestrator.commands.models import models
+from orchestrator.commands.plan import plan
+from orchestrator.commands.serve import serve
 from orchestrator.errors import LongspanError
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -33,7 +37,7 @@ def longspan() -> None:
     """
 
 
-for command in (ingest, ask, docs, models, doctor, bench, evaluate):
+for command in (ingest, ask, docs, models, serve, launch, plan, calibrate, doctor, bench, evaluate):
     longspan.add_command(command)
 
 

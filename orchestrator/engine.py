@@ -1,31 +1,32 @@
-"""The embedded API: a model, a store, and documents to ask, in one process without a daemon.
+"""The embedded API: a model, a store, and documents to ask, from one process without a daemon.
 
-Owns what lives between questions: weights, opened documents and their KV in memory. One question's
-path is `ask` -> `open` -> `question.Question` -> decoder -> `model/attention.py`.
+Owns what a caller sees, and nothing of how it is done: the coordinator admits questions, the
+executor's ranks carry them out. One question's path is `ask` -> `Coordinator.admit` ->
+`answering.answer_question` -> `Executor.run` -> `Worker` -> decoder -> `model/attention.py`.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
-from kv_store import Document, DocumentInfo, Store, load_clusters, load_resident
+from kv_store import DocumentInfo
 from orchestrator import sources
-from orchestrator.answering import OpenDocument, Question, Session, answer_question, score_answer
+from orchestrator.answering import AskedDocument, Question, Session, answer_question, score_answer
+from orchestrator.cluster.executor import Executor, open_executor
 from orchestrator.config import EngineConfig, resolve
-from orchestrator.errors import ModelMismatch, UsageError
+from orchestrator.coordinator import Coordinator
+from orchestrator.errors import UsageError
 from orchestrator.ingest import IngestOptions, IngestReport, OnProgress, ingest
-from orchestrator.model.attention import DocumentContext
-from orchestrator.model.load import LoadedModel, load_model
+from orchestrator.run_plan import RunPlanner
+from orchestrator.selection import check_request
 from orchestrator.types import Answer, AskOptions, Mode, Sampling, Score
-from sparse_attn.api import Backend, find_backend
+from orchestrator.worker import HeldDocument
 
 OnToken = Callable[[str], None]
 
@@ -33,39 +34,29 @@ OnToken = Callable[[str], None]
 class Engine:
     """Ingests documents and answers questions about them.
 
-    Use `Engine.load`; close it (or use it as a context manager) to release documents for `docs rm`.
-    One question runs at a time; other threads wait.
+    Use `Engine.load`; close it (or use it as a context manager) to release documents for `docs rm`
+    and to let other ranks go. Threads may ask at once: their steps take turns.
     """
 
     def __init__(
-        self, config: EngineConfig, model: LoadedModel, backend: Backend, *, load_s: float
+        self, config: EngineConfig, executor: Executor, *, capacity_bytes: int | None = None
     ) -> None:
-        self.config, self.model, self.store = config, model, Store(config.store)
-        self.backend, self._load_s = backend, load_s
-        self._open: dict[str, OpenDocument] = {}
-        self._lock = threading.Lock()
+        """capacity_bytes: of each rank, for documents and questions; None measures it."""
+        self.config, self.executor = config, executor
+        self.coordinator = Coordinator(executor, capacity_bytes=capacity_bytes)
+        self.model, self.backend = executor.worker.model, executor.worker.backend
+        self.store = executor.worker.store
+        self._asked: dict[str, AskedDocument] = {}
+        self._planner = RunPlanner.load(config, self.model.cfg)
 
     @classmethod
     def load(cls, model: str = "smollm2-135m", **options: Any) -> Engine:
-        """Load a model's weights. Options are those of `orchestrator.config.resolve`.
+        """Load a model's weights on every rank. Options are those of `orchestrator.config.resolve`.
 
         Raises UsageError for a wrong option and a ModelError where the model cannot be loaded.
         """
         config = resolve(model=model, **options)
-        backend = find_backend(config.backend)
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError(
-                "device 'cuda' was asked for; this process sees 0 GPUs; use --device cpu"
-            )
-        torch.set_num_threads(config.threads)
-        started = time.perf_counter()
-        loaded = load_model(
-            config.model,
-            dtype=getattr(torch, config.dtype),
-            device=torch.device(config.device),
-            linear=backend.linear,
-        )
-        return cls(config, loaded, backend, load_s=time.perf_counter() - started)
+        return cls(config, open_executor(config))
 
     def ingest(
         self,
@@ -90,18 +81,15 @@ class Engine:
         if text is None:
             assert source is not None
             text = sources.read_text(source)
-        with self._lock:
-            self._release(name)
-            return ingest(
-                self.model,
-                self.backend,
-                self.store,
-                name,
-                text,
-                options or IngestOptions(),
-                threads=self.config.threads,
-                on_progress=on_progress,
-            )
+        self.release(name)
+        return ingest(
+            self.executor,
+            name,
+            text,
+            options or IngestOptions(),
+            planner=self._planner,
+            on_progress=on_progress,
+        )
 
     def ask(
         self,
@@ -122,8 +110,9 @@ class Engine:
     ) -> Answer:
         """Answer a question about an ingested document.
 
-        on_token receives the text piece by piece as it is generated. Raises UsageError for options,
-        the store's errors for the document, ContextTooLong where question and answer do not fit.
+        on_token receives the text piece by piece as it is generated; what it raises ends the
+        question. Raises UsageError for options, the store's errors for the document, ContextTooLong
+        where question and answer do not fit, NotAdmitted where memory will never be enough.
         """
         options = AskOptions(
             mode=mode,
@@ -135,16 +124,32 @@ class Engine:
             system=system,
             audit=audit,
         )
-        with self._lock:
-            started = time.perf_counter()
-            document, open_s = self._opened(name)
-            return answer_question(
-                self._question(document, question, options),
+        return self.answer(name, question, options, on_token=on_token)
+
+    def answer(
+        self,
+        name: str,
+        question: str,
+        options: AskOptions,
+        *,
+        on_token: OnToken | None = None,
+    ) -> Answer:
+        """`ask` with all options as one object."""
+        started = time.perf_counter()
+        with self._admitted(name, question, options, num_answer_tokens=options.max_tokens) as (
+            admitted,
+            open_s,
+        ):
+            answer = answer_question(
+                admitted,
                 started=started,
-                load_s=self._load_s,
+                load_s=self.executor.load_s,
                 open_s=open_s,
                 on_token=on_token,
             )
+            segment_tokens = admitted.document.context.resident.layout.segment_tokens
+            plan = self._planner.describe(answer, segment_tokens=segment_tokens)
+            return replace(answer, plan=plan)
 
     def score(
         self,
@@ -171,45 +176,53 @@ class Engine:
             sampling=Sampling(seed=seed),
             audit=audit,
         )
-        with self._lock:
-            document, _ = self._opened(name)
-            return score_answer(
-                self._question(document, question, options), answer_text, prefix=prefix
-            )
+        encode = self.model.tokenizer.encode
+        num_tokens = len(encode(prefix)[0]) + len(encode(answer_text)[0])
+        with self._admitted(name, question, options, num_answer_tokens=num_tokens) as (asked, _):
+            return score_answer(asked, answer_text, prefix=prefix)
 
+    @contextmanager
     def begin(
         self, name: str, question: str, options: AskOptions, *, num_answer_tokens: int
-    ) -> Session:
-        """A question one forward at a time, for benchmarks and tests; not guarded by the lock."""
-        document, _ = self._opened(name)
-        return Session(
-            self._question(document, question, options), num_answer_tokens=num_answer_tokens
-        )
+    ) -> Iterator[Session]:
+        """A question one forward at a time, for benchmarks and tests."""
+        with (
+            self._admitted(
+                name, question, options, num_answer_tokens=num_answer_tokens
+            ) as admitted,
+            Session(admitted[0], num_answer_tokens=num_answer_tokens) as session,
+        ):
+            yield session
 
     def text(self, name: str) -> str:
         """The text of an ingested document; spans of evidence refer to it."""
-        with self._lock:
-            return self._opened(name)[0].document.text
+        with self.store.open(name) as document:
+            return document.text
 
     def remove(self, name: str) -> None:
         """Delete a document, releasing it first if this engine has it open."""
-        with self._lock:
-            self._release(name)
-            self.store.remove(name)
+        self.release(name)
+        self.store.remove(name)
 
     def docs(self) -> list[DocumentInfo]:
         """Documents of the store, finished and incomplete."""
         return self.store.list()
 
     def release(self, name: str | None = None) -> None:
-        """Forget one opened document, or all; their locks and memory are free afterwards."""
-        with self._lock:
-            for opened in [name] if name is not None else list(self._open):
-                self._release(opened)
+        """Forget one opened document, or all; their locks and memory are free afterwards.
+
+        Raises DocumentBusy while one of them is being asked.
+        """
+        for opened in [name] if name is not None else self.coordinator.names():
+            self.coordinator.release(opened)
+
+    def progress(self) -> dict[str, Any]:
+        """What `/health/progress` shows: steps done, seconds since the last, and on which ranks."""
+        return asdict(self.executor.progress())
 
     def close(self) -> None:
-        """Release every opened document."""
-        self.release()
+        """Release every opened document and let other ranks go."""
+        self.executor.close()
 
     def __enter__(self) -> Self:
         return self
@@ -222,54 +235,30 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _question(self, document: OpenDocument, question: str, options: AskOptions) -> Question:
-        return Question(
-            model=self.model,
-            document=document,
-            backend=self.backend,
-            config=self.config,
-            text=question,
-            options=options,
-        )
-
-    def _opened(self, name: str) -> tuple[OpenDocument, float]:
-        """The document in memory, and how long opening took (0 when it was open already)."""
-        if name in self._open:
-            return self._open[name], 0.0
-        started = time.perf_counter()
-        document = self.store.open(name)
-        try:
-            self._check_model(document)
-            decoder, params = self.model.decoder, document.manifest.params
-            resident = load_resident(
-                document, dtype=decoder.dtype, device=decoder.device, has_clusters=False
-            )
-            context = DocumentContext(
-                resident,
-                num_sinks=params.sinks,
-                num_window=params.window,
-                load_clusters=partial(load_clusters, document, resident),
-            )
+    @contextmanager
+    def _admitted(
+        self, name: str, text: str, options: AskOptions, *, num_answer_tokens: int
+    ) -> Iterator[tuple[Question, float]]:
+        """A question that there is room for, and the seconds that opening its document took."""
+        check_request(options)
+        ids = self.model.tokenizer.question(text, instruction=options.system)
+        capacity_tokens = len(ids) + num_answer_tokens
+        with self.coordinator.admit(name, capacity_tokens=capacity_tokens) as admitted:
+            held = admitted.held
             # Evidence needs them last; they are checked first, before any text is given out.
-            _ = document.text, document.spans
-            opened = OpenDocument(document=document, context=context)
-        except BaseException:
-            document.close()
-            raise
-        self._open[name] = opened
-        return opened, time.perf_counter() - started
-
-    def _check_model(self, document: Document) -> None:
-        params = document.manifest.params
-        if params.model_fingerprint != self.model.fingerprint:
-            raise ModelMismatch(
-                f"document {document.name!r} was ingested by model {params.model}, not "
-                f"{self.model.name}; "
-                f"KV of one model means nothing to another; ask with --model {params.model} or "
-                f"ingest again"
+            _ = held.document.text, held.document.spans
+            question = Question(
+                executor=self.executor,
+                question_id=admitted.question_id,
+                document=self._asked_document(held),
+                ids=ids,
+                options=options,
             )
+            yield question, admitted.open_s
 
-    def _release(self, name: str) -> None:
-        opened = self._open.pop(name, None)
-        if opened is not None:
-            opened.document.close()
+    def _asked_document(self, held: HeldDocument) -> AskedDocument:
+        """The document's sentences and spans, kept as long as it stays open."""
+        name = held.document.name
+        if name not in self._asked or self._asked[name].document is not held.document:
+            self._asked[name] = AskedDocument(held)
+        return self._asked[name]

@@ -8,11 +8,21 @@ Every message is one line: *what, value, limit, remedy*. The leaves keep small t
     |- InputError                 the source text cannot be read or ingested
     |- ContextTooLong             more tokens than the model's context
     |- ModelMismatch              a document that another model ingested
+    |- NotAdmitted                a document or question that does not fit in memory
+    |- TopologyInvalid            a description of a machine that says nothing usable
+    |- CalibrationFailed          a machine too busy to be measured
+    |- PlanRefused                no way of running it fits; the message says what would
+    |- PlanInvalid                a step plan that this version did not write
+    |- RankMismatch               ranks that were started differently
+    |- RankFailed                 a rank failed while others waited for it
     |- ModelError
        |- ModelNotFound           no such model name or path
        |- ModelUnsupported        rope type, activation or architecture that is not implemented
        |- ModelDamaged            a weight file that is cut or inconsistent
        |- ModelFetchFailed        the download of a known model failed
+    |- ClusterError
+       |- PortTaken               the port on which ranks would meet is in use
+       |- RayUnavailable          Ray cannot be started or reached, or has no room for the ranks
 """
 
 from __future__ import annotations
@@ -60,3 +70,43 @@ class ModelDamaged(ModelError):
 
 class ModelFetchFailed(ModelError):
     """A known model could not be downloaded or written."""
+
+
+class ClusterError(LongspanError):
+    """Base of faults in bringing ranks into being."""
+
+
+class PortTaken(ClusterError):
+    """The port on which ranks would meet cannot be had."""
+
+
+class RayUnavailable(ClusterError):
+    """Ray cannot be started or reached, or has no room for the ranks."""
+
+
+class PlanInvalid(LongspanError):
+    """A step plan that this version did not write."""
+
+
+class RankMismatch(LongspanError):
+    """Ranks that were started differently, or do not carry out the same steps."""
+
+
+class RankFailed(LongspanError):
+    """A rank failed; what it said is part of the message."""
+
+
+class NotAdmitted(LongspanError):
+    """A document or question that does not fit in memory; the message says what would."""
+
+
+class TopologyInvalid(LongspanError):
+    """A description of a machine that cannot be read, or that says nothing usable."""
+
+
+class CalibrationFailed(LongspanError):
+    """What was measured cannot be true; nothing was written."""
+
+
+class PlanRefused(LongspanError):
+    """No way of running the work on the machine fits; the message says what would."""

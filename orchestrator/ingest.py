@@ -1,7 +1,7 @@
 """Reads a document once: prefill chunk by chunk, cluster, seal segment by segment.
 
-Owns the loop, its counters and what a document's manifest says; `prefill.py` computes, `kv_store`
-writes. Knows no questions.
+Owns the loop, its counters and what a document's manifest says; ranks compute and write
+(`worker.py`, `prefill.py`), rank 0 seals. Knows no questions.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from typing import Self
 
-import torch
-from torch import Tensor
-
-from kv_store import DocumentParams, DocumentWriter, Store
+from kv_store import DocumentParams, DocumentWriter
+from orchestrator.cluster.executor import Executor
 from orchestrator.errors import ContextTooLong, UsageError
 from orchestrator.model.load import LoadedModel
-from orchestrator.prefill import Prefill
-from sparse_attn.api import Backend
+from orchestrator.run_plan import RunPlanner
+from orchestrator.steps import BeginIngest, EndIngest, PrefillChunk, SealSegment
 from sparse_attn.select.centroid_build import CentroidParams
 
 NUM_SINKS = 4
@@ -31,8 +30,9 @@ LIBRARIES = ("torch", "numpy", "longspan")
 class IngestOptions:
     """What decides a document's bytes besides text and model.
 
-    chunk_tokens: of prefill, at most the segment; clusters: None keeps KV in token order without an
-    index (such a document answers in mode `exact` only).
+    chunk_tokens: of prefill, at most the segment; split_tokens: of a chunk's first half, computed
+    beside the second: 0 for no split, None to let the planner decide; clusters: None keeps KV in
+    token order without an index (such a document answers in mode `exact` only).
     """
 
     segment_tokens: int = 8192
@@ -40,6 +40,7 @@ class IngestOptions:
     kv_dtype: str | None = None
     chunk_tokens: int = MAX_CHUNK_TOKENS
     system: str | None = None
+    split_tokens: int | None = None
     clusters: CentroidParams | None = field(default_factory=CentroidParams)
     replace: bool = False
     restart: bool = False
@@ -89,40 +90,49 @@ OnProgress = Callable[[Progress], None]
 
 
 def ingest(
-    model: LoadedModel,
-    backend: Backend,
-    store: Store,
+    executor: Executor,
     name: str,
     text: str,
     options: IngestOptions,
     *,
-    threads: int,
+    planner: RunPlanner,
     on_progress: OnProgress | None = None,
 ) -> IngestReport:
     """Ingest `text` under `name`, or resume it, or do nothing if it is already there.
 
     Raises ContextTooLong before anything is written, and the store's errors; a document that fails
-    half-way stays resumable.
+    half-way stays resumable. What `on_progress` raises ends the ingest and goes on to the caller.
     """
     started = time.perf_counter()
+    worker = executor.worker
+    model, config = worker.model, worker.config
     frame = model.tokenizer.frame(options.system)
     text_ids, text_spans = model.tokenizer.encode(text)
     ids, spans = frame + list(text_ids), [(-1, -1)] * len(frame) + list(text_spans)
     _check_context(model, len(ids))
-    params = document_params(model, options, frame_tokens=len(frame), threads=threads)
-    with store.begin(
+    split = _choose_split(options, planner, len(ids))
+    # What decides the bits beside the mesh is kept with it: a resume must find the same.
+    mesh = config.mesh if split is None else f"{config.mesh} split {split}"
+    params = document_params(
+        model, options, frame_tokens=len(frame), threads=config.threads, mesh=mesh
+    )
+    with worker.store.begin(
         name, params, text, ids, spans, replace=options.replace, restart=options.restart
     ) as writer:
         if writer.is_complete:
             return _report(name, writer.finish(), len(ids), None, started)
-        device_ids = torch.tensor(ids, device=model.decoder.device)
-        run = _Run(model, backend, writer, device_ids, options)
-        run.fill(on_progress or (lambda _: None))
+        with _Run(executor, writer, params, ids, options, split=split) as run:
+            run.fill(on_progress or (lambda _: None))
         return _report(name, writer.finish(), len(ids), run, started)
 
 
 def document_params(
-    model: LoadedModel, options: IngestOptions, *, frame_tokens: int, threads: int
+    model: LoadedModel,
+    options: IngestOptions,
+    *,
+    frame_tokens: int,
+    threads: int,
+    mesh: str = "1x1",
 ) -> DocumentParams:
     """The parameters that the manifest keeps."""
     cfg = model.cfg
@@ -150,35 +160,56 @@ def document_params(
         chunk_tokens=min(options.chunk_tokens, options.segment_tokens),
         prefill="exact",
         threads=threads,
-        mesh="1x1",
+        mesh=mesh,
         machine=f"{model.decoder.device.type}-{platform.machine()}",
         library_versions={library: version(library) for library in LIBRARIES},
     )
 
 
 class _Run:
-    """One ingest in progress: a prefill, the writer of its files, counters."""
+    """One ingest in progress on all ranks: the writer of its manifest, and counters."""
 
     def __init__(
         self,
-        model: LoadedModel,
-        backend: Backend,
+        executor: Executor,
         writer: DocumentWriter,
-        ids: Tensor,
+        params: DocumentParams,
+        ids: list[int],
         options: IngestOptions,
+        *,
+        split: int | None,
     ) -> None:
-        self._prefill = Prefill(model.decoder, backend, writer.layout, clusters=options.clusters)
-        self._writer, self._ids = writer, ids
+        self._executor, self._writer, self._ids = executor, writer, ids
+        self._params, self._options, self._split_tokens = params, options, split
         self._chunk_tokens = min(options.chunk_tokens, options.segment_tokens)
         self.computed_tokens = 0
         self.prefill_s = self.cluster_s = self.write_s = 0.0
 
+    def __enter__(self) -> Self:
+        writer, clusters = self._writer, self._options.clusters
+        root = self._executor.worker.store.root
+        self._executor.run(
+            BeginIngest(
+                document=writer.name,
+                directory=str(writer.files.directory.relative_to(root)),
+                digest=writer.files.digest,
+                params=self._params.plain(),
+                num_tokens=len(self._ids),
+                sealed_segments=writer.sealed_segments,
+                clusters=None if clusters is None else clusters.to_dict(),
+            )
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._executor.failure is None:
+            self._executor.run(EndIngest(document=self._writer.name))
+
     def fill(self, on_progress: OnProgress) -> None:
-        """Load what is sealed, then compute, seal and append every other segment."""
+        """Compute and seal every segment that is not sealed yet."""
         layout, sealed = self._writer.layout, self._writer.sealed_segments
-        for segment_idx in range(sealed):
-            self._prefill.append(self._writer.read_segment(segment_idx))
-        started, first = time.perf_counter(), self._prefill.resident.num_sealed
+        first = layout.segment_span(sealed)[0] if sealed < layout.num_segments else len(self._ids)
+        started = time.perf_counter()
         for segment_idx in range(sealed, layout.num_segments):
             start, stop = layout.segment_span(segment_idx)
             for chunk_start in range(start, stop, self._chunk_tokens):
@@ -189,18 +220,42 @@ class _Run:
 
     def _compute(self, start: int, stop: int) -> None:
         began = time.perf_counter()
-        self._prefill.fill(self._ids[start:stop], start)
+        self._executor.run(
+            PrefillChunk(
+                document=self._writer.name,
+                ids=tuple(self._ids[start:stop]),
+                start=start,
+                split=self._split(stop - start),
+            )
+        )
         self.computed_tokens += stop - start
         self.prefill_s += time.perf_counter() - began
 
+    def _split(self, num_tokens: int) -> int | None:
+        """Tokens of a chunk's first half, None where it is computed whole."""
+        split = self._split_tokens
+        return split if split is not None and 0 < split < num_tokens else None
+
     def _seal(self, segment_idx: int) -> None:
         began = time.perf_counter()
-        heads = self._prefill.build(segment_idx)
-        built = time.perf_counter()
-        self._writer.append_segment(segment_idx, heads)
-        self._prefill.append(heads)
-        self.cluster_s += built - began
-        self.write_s += time.perf_counter() - built
+        entries = self._executor.run(
+            SealSegment(document=self._writer.name, segment_idx=segment_idx)
+        )
+        sealed = time.perf_counter()
+        self._writer.seal(segment_idx, entries)
+        self.cluster_s += sealed - began
+        self.write_s += time.perf_counter() - sealed
+
+
+def _choose_split(options: IngestOptions, planner: RunPlanner, num_tokens: int) -> int | None:
+    """Tokens of every chunk's first half: as asked (0 for no split), else as planned."""
+    if options.split_tokens is not None:
+        return options.split_tokens or None
+    return planner.choose_split(
+        num_tokens=num_tokens,
+        segment_tokens=options.segment_tokens,
+        chunk_tokens=min(options.chunk_tokens, options.segment_tokens),
+    )
 
 
 def _check_context(model: LoadedModel, num_tokens: int) -> None:

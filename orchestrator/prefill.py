@@ -3,17 +3,27 @@
 The other meeting place (DESIGN section 3): keys from the decoder -> slot order and clusters from
 `sparse_attn` -> what `kv_store` keeps. Owns the keys of the open (not yet sealed) segment and the
 rule that later chunks attend to the stored form of sealed segments. Knows no files and no
-questions; `ingest.py` writes what it builds. Full-attention layers merge three parts:
+questions; `worker.py` writes what it builds. Full-attention layers merge three parts:
 sealed segments in slot order | the open segment's earlier chunks | the chunk itself, causally.
+
+Over ranks: sealed segments are attended where they lie, and the parts pushed to the owners of the
+query heads; every context rank has the open segment and attends to it for the query heads that it
+owns, while the parts of the others are in flight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from kv_store import Layout, ResidentDocument
-from orchestrator.model.decoder import Decoder
+from collectives.overlap import Steps, run_pair, run_steps
+from kv_store import Holding, Layout, ResidentDocument
+from orchestrator.model.decoder import Attend, Decoder, Store
+from orchestrator.place import Place, alone
 from sparse_attn.api import Backend
 from sparse_attn.select.centroid_build import CentroidParams, build
 from sparse_attn.state import Part, merge_parts
@@ -22,65 +32,41 @@ from sparse_attn.state import Part, merge_parts
 class PrefillAttention:
     """`attend` of an ingest. Call `advance` after each chunk, `restart` after each seal.
 
-    open_k, open_v: [L, G, segment_tokens, D], the open segment of every layer in token order.
+    open_k, open_v: [L, G, segment_tokens, D], the open segment of every layer in token order, for
+    all KV heads of the head group.
     """
 
     def __init__(
         self,
         resident: ResidentDocument,
         backend: Backend,
+        place: Place,
         *,
         scale: float,
         windows: tuple[int | None, ...],
-        segment_tokens: int,
-        head_dim: int,
     ) -> None:
-        self._resident, self._backend = resident, backend
+        self._resident, self._backend, self._place = resident, backend, place
         self._scale, self._windows = scale, windows
         self.full_layers = [layer for layer, window in enumerate(windows) if window is None]
         self.sliding_layers = [layer for layer, window in enumerate(windows) if window is not None]
-        self._place = {
+        self._index_of = {
             layer: i
             for kind in (self.full_layers, self.sliding_layers)
             for i, layer in enumerate(kind)
         }
-        shape = (len(windows), resident.num_kv_heads, segment_tokens, head_dim)
+        layout = resident.layout
+        self._is_whole = resident.holding == Holding.whole(layout)
+        shape = (len(windows), resident.num_kv_heads, layout.segment_tokens, layout.head_dim)
         self.open_k = torch.empty(shape, dtype=resident.dtype, device=resident.device)
         self.open_v = torch.empty_like(self.open_k)
+        self._runs = place.runs()
+        self._own_run = self._runs[place.context.rank]
         self._num_open = 0
 
-    def __call__(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention output [T, H, D] for rotated q [T, H, D] and the chunk's own k, v [T, G, D]."""
-        start, stop = self._num_open, self._num_open + q.shape[0]
-        self.store(layer_idx, k, v)
-        open_k, open_v = self.open_k[layer_idx], self.open_v[layer_idx]
-        window = self._windows[layer_idx]
-        if window is not None:
-            return self._attend_sliding(layer_idx, q, stop, window).out.to(q.dtype)
-        parts = [
-            self._backend.attend_causal(
-                q, open_k[:, start:stop], open_v[:, start:stop], scale=self._scale
-            )
-        ]
-        if start:
-            parts.append(
-                self._backend.attend(q, open_k[:, :start], open_v[:, :start], scale=self._scale)
-            )
-        sealed = self._resident.num_sealed
-        if sealed:
-            place = self._place[layer_idx]
-            sealed_k, sealed_v = (
-                self._resident.k[place][:, :sealed],
-                self._resident.v[place][:, :sealed],
-            )
-            parts.append(self._backend.attend(q, sealed_k, sealed_v, scale=self._scale))
-        return merge_parts(parts).out.to(q.dtype)
-
-    def store(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
-        """Put the chunk's k, v [T, G, D] into the open segment of one layer."""
-        chunk = slice(self._num_open, self._num_open + k.shape[0])
-        self.open_k[layer_idx][:, chunk] = k.transpose(0, 1)
-        self.open_v[layer_idx][:, chunk] = v.transpose(0, 1)
+    def at(self, offset: int) -> tuple[Attend, Store]:
+        """`attend` and `store` of tokens that begin `offset` after what is in the open segment."""
+        start = self._num_open + offset
+        return partial(self._attend, start=start), partial(self._store, start=start)
 
     def advance(self, num_tokens: int) -> None:
         """The chunk's keys are in the open segment of every layer."""
@@ -90,23 +76,147 @@ class PrefillAttention:
         """The open segment was sealed and appended to the resident document."""
         self._num_open = 0
 
-    def _attend_sliding(self, layer_idx: int, q: Tensor, stop: int, window: int) -> Part:
-        place, num_tokens = self._place[layer_idx], q.shape[0]
-        before = self._resident.sliding_k[place], self._resident.sliding_v[place]
-        k = torch.cat([before[0], self.open_k[layer_idx][:, :stop]], dim=1)
-        v = torch.cat([before[1], self.open_v[layer_idx][:, :stop]], dim=1)
-        first = max(0, k.shape[1] - num_tokens - window + 1)
+    def _store(self, layer_idx: int, k: Tensor, v: Tensor, *, start: int) -> None:
+        chunk = slice(start, start + k.shape[0])
+        self.open_k[layer_idx][:, chunk] = k.transpose(0, 1)
+        self.open_v[layer_idx][:, chunk] = v.transpose(0, 1)
+
+    def _attend(
+        self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, *, start: int
+    ) -> Tensor | Steps[Tensor]:
+        """Attention output for rotated q [T, H, D] and the tokens' own k, v [T, G, D]."""
+        self._store(layer_idx, k, v, start=start)
+        if self._place.is_alone:
+            if self._windows[layer_idx] is not None:
+                return self._attend_sliding(layer_idx, q, start).out.to(q.dtype)
+            parts = self._attend_open(layer_idx, q, start)
+            if self._resident.num_sealed:
+                parts.append(self._attend_sealed(self._index_of[layer_idx], q))
+            return merge_parts(parts).out.to(q.dtype)
+        return self._attend_steps(layer_idx, q, start)
+
+    def _attend_steps(self, layer_idx: int, q: Tensor, start: int) -> Steps[Tensor]:
+        if self._windows[layer_idx] is not None:
+            own = self._attend_sliding(layer_idx, q, start)
+        elif not self._resident.num_sealed:
+            own = merge_parts(self._attend_open(layer_idx, q, start))
+        else:
+            sealed = self._attend_sealed(self._index_of[layer_idx], q)
+            if self._place.context.size == 1:
+                own = merge_parts([*self._attend_open(layer_idx, q, start), sealed])
+            else:
+                pending = self._place.context.start_all_to_all(self._pack(sealed))
+                parts = self._attend_open(layer_idx, q, start)
+                received = yield pending
+                own = merge_parts([*parts, *self._unpack(received)])
+        return (yield from self._gather_heads(own.out.to(q.dtype)))
+
+    def _attend_open(self, layer_idx: int, q: Tensor, start: int) -> list[Part]:
+        """The tokens themselves and what is before them in the open segment, own query heads."""
+        stop, backend = start + q.shape[0], self._backend
+        k, v = self.open_k[layer_idx], self.open_v[layer_idx]
+        causal, before = [], []
+        for heads, kv in self._own_heads():
+            rows = q[:, heads]
+            now = k[kv, start:stop], v[kv, start:stop]
+            causal.append(backend.attend_causal(rows, *now, scale=self._scale))
+            if start:
+                earlier = k[kv, :start], v[kv, :start]
+                before.append(backend.attend(rows, *earlier, scale=self._scale))
+        return [_beside(parts) for parts in (causal, before) if parts]
+
+    def _attend_sealed(self, full_layer: int, q: Tensor) -> Part:
+        """What this rank holds of the sealed segments, for all query heads of the head group."""
+        k, v = self._resident.k[full_layer], self._resident.v[full_layer]
+        spans = self._sealed_spans()
+        if self._is_whole:
+            sealed = slice(0, self._resident.num_sealed)
+            k, v = (x.view(len(spans), -1, x.shape[1])[:, sealed] for x in (k, v))
+            return self._backend.attend(q, k, v, scale=self._scale)
+        per_group, parts = self._place.group_size, []
+        for head, (first, last) in enumerate(spans):
+            rows = q[:, head * per_group : (head + 1) * per_group]
+            own = k[None, first:last], v[None, first:last]
+            parts.append(self._backend.attend(rows, *own, scale=self._scale))
+        return _beside(parts)
+
+    def _sealed_spans(self) -> list[tuple[int, int]]:
+        """Slots of each KV head that are filled: those of its held segments that are sealed."""
+        holding, num_sealed = self._resident.holding, self._resident.num_sealed
+        spans = []
+        for first, segments in zip(holding.head_bounds, holding.segments, strict=False):
+            ends = (holding.layout.segment_span(s) for s in segments)
+            spans.append((first, first + sum(e - s for s, e in ends if e <= num_sealed)))
+        return spans
+
+    def _attend_sliding(self, layer_idx: int, q: Tensor, start: int) -> Part:
+        index, window = self._index_of[layer_idx], self._windows[layer_idx]
+        assert window is not None
+        stop = start + q.shape[0]
+        k = torch.cat([self._resident.sliding_k[index], self.open_k[layer_idx][:, :stop]], dim=1)
+        v = torch.cat([self._resident.sliding_v[index], self.open_v[layer_idx][:, :stop]], dim=1)
+        first = max(0, k.shape[1] - q.shape[0] - window + 1)
         key = torch.arange(first, k.shape[1], device=q.device)
-        query = torch.arange(k.shape[1] - num_tokens, k.shape[1], device=q.device).unsqueeze(1)
+        query = torch.arange(k.shape[1] - q.shape[0], k.shape[1], device=q.device).unsqueeze(1)
         mask = (key <= query) & (key > query - window)
-        return self._backend.attend(q, k[:, first:], v[:, first:], scale=self._scale, mask=mask)
+        return _beside(
+            [
+                self._backend.attend(
+                    q[:, heads], k[kv, first:], v[kv, first:], scale=self._scale, mask=mask
+                )
+                for heads, kv in self._own_heads()
+            ]
+        )
+
+    def _own_heads(self) -> Iterator[tuple[slice, slice]]:
+        """The query heads that this rank owns and their KV heads, as few runs as fit together."""
+        run, per_group = self._own_run, self._place.group_size
+        if run.start % per_group == 0 and run.stop % per_group == 0 and run:
+            yield slice(run.start, run.stop), slice(run.start // per_group, run.stop // per_group)
+            return
+        for head in range(run.start // per_group, -(-run.stop // per_group)):
+            first, last = head * per_group, (head + 1) * per_group
+            heads = slice(max(run.start, first), min(run.stop, last))
+            if heads.start < heads.stop:
+                yield heads, slice(head, head + 1)
+
+    def _pack(self, part: Part) -> Tensor:
+        """A row [T, widest run, D + 1] for each context rank: the part for the heads it owns."""
+        both = torch.cat([part.out, part.lse.unsqueeze(-1)], dim=2)
+        widest = max(len(run) for run in self._runs)
+        rows = [
+            functional.pad(both[:, run.start : run.stop], (0, 0, 0, widest - len(run)))
+            for run in self._runs
+        ]
+        return torch.stack(rows)
+
+    def _unpack(self, received: Tensor) -> list[Part]:
+        own = received[:, :, : len(self._own_run)]
+        return [Part(rows[..., :-1], rows[..., -1]) for rows in own]
+
+    def _gather_heads(self, own: Tensor) -> Steps[Tensor]:
+        """Outputs [T, all heads, D] on every rank, from each rank's own heads."""
+        place = self._place
+        widths = [
+            len(
+                place.mesh.query_heads_of(
+                    rank, num_heads=place.num_heads, num_kv_heads=place.num_kv_heads
+                )
+            )
+            for rank in range(place.flat.size)
+        ]
+        widest = max(widths)
+        padded = functional.pad(own, (0, 0, 0, widest - own.shape[1])).contiguous()
+        gathered = yield place.flat.start_all_gather(padded)
+        cut = [rows[:, :width] for rows, width in zip(gathered, widths, strict=True)]
+        return torch.cat(cut, dim=1)
 
 
 class Prefill:
     """Prefill of one document into memory, segment by segment; knows no files.
 
     Computes chunks, turns a full segment into the tensors that are stored, and attends to the
-    stored form from then on.
+    stored form from then on. Collective over the place's ranks.
     """
 
     def __init__(
@@ -116,19 +226,17 @@ class Prefill:
         layout: Layout,
         *,
         clusters: CentroidParams | None,
+        place: Place | None = None,
     ) -> None:
+        cfg = decoder.cfg
+        self.place = place or alone(num_heads=cfg.num_heads, num_kv_heads=cfg.num_kv_heads)
         self.layout = layout
-        self.resident = ResidentDocument.for_layout(
-            layout, dtype=decoder.dtype, device=decoder.device
+        self.resident = ResidentDocument(
+            self.place.holding(layout, by_fold=False), dtype=decoder.dtype, device=decoder.device
         )
         self._decoder, self._clusters = decoder, clusters
         self._attention = PrefillAttention(
-            self.resident,
-            backend,
-            scale=decoder.cfg.attention_scale,
-            windows=decoder.cfg.windows,
-            segment_tokens=layout.segment_tokens,
-            head_dim=decoder.cfg.head_dim,
+            self.resident, backend, self.place, scale=cfg.attention_scale, windows=cfg.windows
         )
 
     def forward(self, ids: Tensor, start: int) -> Tensor:
@@ -136,46 +244,70 @@ class Prefill:
 
         A chunk never crosses a segment; chunks come in order.
         """
+        attend, _ = self._attention.at(0)
         with torch.inference_mode():
-            hidden = self._decoder.forward(ids, _positions(ids, start), self._attention)
+            hidden = self._decoder.forward(ids, _positions(ids, start), attend)
         self._attention.advance(len(ids))
         return hidden
 
-    def fill(self, ids: Tensor, start: int) -> None:
-        """`forward` for the keys and values alone: what an ingest needs."""
-        attention = self._attention
-        with torch.inference_mode():
-            self._decoder.fill(ids, _positions(ids, start), attention, attention.store)
-        attention.advance(len(ids))
+    def fill(self, ids: Tensor, start: int, *, split: int | None = None) -> None:
+        """`forward` for the keys and values alone: what an ingest needs.
 
-    def build(self, segment_idx: int) -> list[dict[str, Tensor]]:
-        """The named tensors of each KV head's file of the open segment, which is full."""
+        split: the chunk's first tokens, which are computed beside the others: while one half waits
+        for other ranks, the other computes.
+        """
         with torch.inference_mode():
-            tensors = self._build(segment_idx)
-        return [
-            {name: tensor[:, head].contiguous() for name, tensor in tensors.items()}
-            for head in range(self.layout.num_kv_heads)
-        ]
+            if split is None:
+                run_steps(self._fill_steps(ids, start, 0))
+            else:
+                first = self._fill_steps(ids[:split], start, 0)
+                run_pair(first, self._fill_steps(ids[split:], start + split, split))
+        self._attention.advance(len(ids))
 
-    def append(self, heads: list[dict[str, Tensor]]) -> None:
+    def _fill_steps(self, ids: Tensor, start: int, offset: int) -> Steps[None]:
+        attend, store = self._attention.at(offset)
+        return self._decoder.fill_steps(ids, _positions(ids, start), attend, store)
+
+    def build(self, segment_idx: int) -> dict[int, dict[str, Tensor]]:
+        """The named tensors of the open segment, which is full, by KV head: everything that its
+        file holds where this rank owns it, elsewhere what sliding-window layers keep.
+        """
+        with torch.inference_mode():
+            return self._build(segment_idx)
+
+    def append(self, segment_idx: int, heads: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Take a sealed segment's stored form; the open segment starts anew."""
-        self.resident.append(heads)
+        self.resident.append(segment_idx, heads)
         self._attention.restart()
 
-    def _build(self, segment_idx: int) -> dict[str, Tensor]:
-        attention, layout = self._attention, self.layout
+    def _build(self, segment_idx: int) -> dict[int, dict[str, Tensor]]:
+        attention, layout, kv_heads = self._attention, self.layout, self.place.kv_heads
         start, stop = layout.segment_span(segment_idx)
         stored = getattr(torch, layout.kv_dtype)
         k, v = (x[:, :, : stop - start].to(stored) for x in (attention.open_k, attention.open_v))
         full, sliding = attention.full_layers, attention.sliding_layers
-        clustered = layout.clustered_span(segment_idx)
-        tensors = order_segment(k[full], v[full], clustered, self._clusters)
-        tensors["positions"] += start
+        kept = stop - start - layout.sliding_tokens(segment_idx)
+        heads: dict[int, dict[str, Tensor]] = {kv_head_idx: {} for kv_head_idx in kv_heads}
+        owned = [head for head in kv_heads if self.place.owns(segment_idx, head)]
+        if owned:
+            own = [head - kv_heads.start for head in owned]
+            clustered = layout.clustered_span(segment_idx)
+            tensors = order_segment(k[full][:, own], v[full][:, own], clustered, self._clusters)
+            tensors["positions"] += start
+            for i, head in enumerate(owned):
+                heads[head] = {name: x[:, i].contiguous() for name, x in tensors.items()}
         if sliding:
-            kept = stop - start - layout.sliding_tokens(segment_idx)
-            tensors["sliding_k"] = k[sliding][:, :, kept:]
-            tensors["sliding_v"] = v[sliding][:, :, kept:]
-        return tensors
+            for i, head in enumerate(kv_heads):
+                heads[head]["sliding_k"] = k[sliding, i, kept:].contiguous()
+                heads[head]["sliding_v"] = v[sliding, i, kept:].contiguous()
+        return heads
+
+
+def _beside(parts: list[Part]) -> Part:
+    """Parts of other query heads, side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    return Part(torch.cat([p.out for p in parts], dim=1), torch.cat([p.lse for p in parts], dim=1))
 
 
 def order_segment(

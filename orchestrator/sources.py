@@ -19,7 +19,14 @@ def read_text(source: str | Path) -> str:
     Raises InputError when it is missing, unreadable, empty, or not UTF-8 text.
     """
     data = sys.stdin.buffer.read() if str(source) == "-" else _read_file(Path(source))
-    what = "standard input" if str(source) == "-" else f"file {source}"
+    return decode_text(data, what="standard input" if str(source) == "-" else f"file {source}")
+
+
+def decode_text(data: bytes, *, what: str) -> str:
+    """The text in bytes of unknown origin; `what` names them in a message.
+
+    Raises InputError when they are binary, empty, or not UTF-8.
+    """
     if b"\x00" in data[:8192]:
         raise InputError(
             f"{what} is binary (a NUL byte in its first 8192); only UTF-8 text is read; convert "

@@ -44,13 +44,15 @@ class AskOptions:
 
     budget: keys, or a percentage of the document's keys such as "12.5%"; mass: share of attention
     to read; the two exclude each other. levels: of the centroid look-up, 1 or 2, None to decide by
-    size.
+    size; choice: how ranks divide a budget, `global` (the best clusters wherever they lie) or
+    `proportional` (each its share).
     """
 
     mode: Mode = "auto"
     budget: str | int | None = None
     mass: float | None = None
     levels: int | None = None
+    choice: Literal["global", "proportional"] = "global"
     max_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
     system: str | None = None
@@ -146,7 +148,10 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """An answered question. `to_json` is the object of `ask --json`."""
+    """An answered question. `to_json` is the object of `ask --json`.
+
+    plan: predicted and measured seconds and the mesh, None where nothing was predicted.
+    """
 
     text: str
     finish_reason: str
@@ -159,6 +164,7 @@ class Answer:
     recall: Recall
     evidence: tuple[Evidence, ...]
     stack: dict[str, Any]
+    plan: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The public JSON form, schema 1 (DESIGN section 7)."""
@@ -181,7 +187,7 @@ class Answer:
             "timing": asdict(self.timing),
             "recall": recall,
             "evidence": [asdict(span) for span in self.evidence],
-            "plan": None,
+            "plan": self.plan,
             "stack": self.stack,
         }
 

@@ -6,16 +6,19 @@ backend that does not exist here is an error that lists those that do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sparse_attn.errors import BackendUnknown
+from sparse_attn.estimate import Missed
+from sparse_attn.folds import Kept, Runs
 from sparse_attn.select.base import Limit, Tail
-from sparse_attn.select.centroid import CentroidIndex
+from sparse_attn.select.centroid import Units
 from sparse_attn.state import Part
-from sparse_attn.step import Step
+from sparse_attn.step import Ranks, Scores, UnitsRead
 
 BACKENDS = ("reference", "torch", "native")
 
@@ -24,6 +27,10 @@ class Backend(Protocol):
     """What attention is computed with. Shapes and meanings are those of `composed.Composed`."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+    def linear_split(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: Sequence[int]
+    ) -> Tensor: ...
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None
@@ -35,26 +42,46 @@ class Backend(Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, *, past: int, scale: float
     ) -> Part: ...
 
-    def attend_body(
-        self, q: Tensor, k: Tensor, v: Tensor, steady: Part, *, scale: float, evidence: Tensor
-    ) -> Part: ...
+    def merge_parts(self, parts: Sequence[Part]) -> Part: ...
 
-    def attend_selected(
+    def merge_tree(self, outs: Tensor, lses: Tensor) -> Part: ...
+
+    def merge_tree_lse(self, lses: Tensor) -> Tensor: ...
+
+    def attend_runs(
+        self, q: Tensor, k: Tensor, v: Tensor, runs: Runs, *, scale: float, keeps: bool
+    ) -> tuple[Part, Kept | None]: ...
+
+    def score_units(self, q: Tensor, units: Units, *, scale: float) -> Scores: ...
+
+    def close_units(self, scores: Scores, units: Units, opened: Tensor) -> Scores: ...
+
+    def rank_units(
+        self, scores: Scores, units: Units, *, total: Tensor, lse_steady: Tensor | None = None
+    ) -> Ranks: ...
+
+    def take_units(
+        self, scores: Scores, units: Units, *, total: Tensor, lse_steady: Tensor, limit: Limit
+    ) -> Tensor: ...
+
+    def attend_units(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        index: CentroidIndex,
-        steady: Part,
+        units: Units,
+        scores: Scores,
+        taken: Tensor,
         *,
         scale: float,
-        limit: Limit,
-        levels: int,
         is_estimating: bool,
-        evidence: Tensor | None,
-    ) -> Step: ...
+        keeps: bool,
+        closed: tuple[Units, Scores] | None = None,
+    ) -> UnitsRead: ...
 
-    def sample_recall(
+    def spread_evidence(self, evidence: Tensor, kept: Kept, lse_read: Tensor) -> None: ...
+
+    def sample_missed(
         self,
         q: Tensor,
         k: Tensor,
@@ -64,7 +91,7 @@ class Backend(Protocol):
         scale: float,
         num_strata: int,
         generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> Missed: ...
 
 
 def find_backend(name: str) -> Backend:

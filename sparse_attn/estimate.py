@@ -9,11 +9,14 @@ is only used to decide where to sample: the estimate is unbiased whatever that g
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_attn.select.base import Tail
+from sparse_attn.state import log_add
 from sparse_attn.torch_backend import fold_rows, log_sum_exp, unfold_rows
 
 # Share of the draws that ignores the estimated masses: no unread key is ever out of reach.
@@ -22,7 +25,20 @@ UNIFORM_SHARE = 0.2
 MAX_LOG_RATIO = 60.0
 
 
-def sample_recall(
+class Missed(NamedTuple):
+    """What the queries of a tile missed among the keys of one caller, or of several together.
+
+    mean: [T, H] float32, estimated mass of the unread keys as a multiple of what was read;
+    variance: [T, H], of that estimate; log_most: [T, H], natural log of the greatest mass that the
+    unread keys can have, -inf where there are none.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    log_most: Tensor
+
+
+def sample_missed(
     q: Tensor,
     k: Tensor,
     tail: Tail,
@@ -31,27 +47,34 @@ def sample_recall(
     scale: float,
     num_strata: int,
     generator: torch.Generator,
-) -> Tensor:
-    """Estimate the share of attention that was read, from 2 * num_strata unread keys a query and
-    head.
+) -> Missed:
+    """Estimate the mass that was not read, from 2 * num_strata unread keys a query and head.
 
-    q: [T, H, D]; k: [G, S, D]; lse_read: [T, H], natural log of what was read. Returns [T, H]
-    float32, 1 where no key is unread. Draws from `generator` (a CPU generator); reads
-    T * H * 2 * num_strata keys.
+    q: [T, H, D]; k: [N, D]; lse_read: [T, H], natural log of all that was read, by any caller.
+    Draws from `generator` (a CPU generator); reads T * H * 2 * num_strata keys.
     """
-    num_kv_heads = k.shape[0]
+    num_kv_heads = tail.sizes.shape[0]
+    if tail.sizes.shape[1] == 0 or k.shape[0] == 0:
+        nothing = torch.zeros_like(lse_read)
+        return Missed(nothing, nothing, torch.full_like(lse_read, -math.inf))
     log_mass = fold_rows(tail.log_mass, num_kv_heads)
     probabilities, has_unread = _draw_probabilities(log_mass, tail.sizes)
     slots, weights = _draw(probabilities, tail, num_strata, generator)
     scores = _scores_at(fold_rows(q, num_kv_heads), k, slots).mul_(scale)
     log_read = fold_rows(lse_read.unsqueeze(-1), num_kv_heads)
     ratio = weights * torch.exp((scores - log_read).clamp_(max=MAX_LOG_RATIO))
-    recall = _recall_of(ratio.view(*ratio.shape[:2], num_strata, 2))
-    return unfold_rows(torch.where(has_unread, recall, 1.0).unsqueeze(-1), q.shape[0]).squeeze(-1)
+    ratio = ratio.masked_fill_(~has_unread.unsqueeze(-1), 0.0)
+    pairs = ratio.view(*ratio.shape[:2], num_strata, 2)
+    variance = (pairs[..., 0] - pairs[..., 1]).square().sum(dim=2) / (4 * num_strata**2)
+    mean, variance = (
+        unfold_rows(x.unsqueeze(-1), q.shape[0]).squeeze(-1)
+        for x in (pairs.mean(dim=(2, 3)), variance)
+    )
+    return Missed(mean, variance, log_most(q, tail, scale=scale))
 
 
-def bound_missed_share(q: Tensor, tail: Tail, lse_read: Tensor, *, scale: float) -> Tensor:
-    """Greatest share of attention that the unread keys can hold, [T, H] float32: the radius bound.
+def log_most(q: Tensor, tail: Tail, *, scale: float) -> Tensor:
+    """Natural log of the greatest mass that the unread keys can have, [T, H]: the radius bound.
 
     q: [T, H, D]. By Cauchy-Schwarz no key of a unit scores above s (q.c + |q| r). It is often
     vacuous on real keys and is never an estimate.
@@ -59,20 +82,33 @@ def bound_missed_share(q: Tensor, tail: Tail, lse_read: Tensor, *, scale: float)
     per_group = q.shape[1] // tail.radii.shape[0]
     radii = tail.radii.repeat_interleave(per_group, dim=0)
     reach = q.float().norm(dim=-1, keepdim=True) * scale * radii
-    most = torch.where(tail.log_mass > -math.inf, tail.log_mass_linear + reach, -math.inf)
-    return torch.sigmoid(log_sum_exp(most) - lse_read)
+    return log_sum_exp(
+        torch.where(tail.log_mass > -math.inf, tail.log_mass_linear + reach, -math.inf)
+    )
 
 
-def _recall_of(ratio: Tensor) -> Tensor:
-    """Recall 1 / (1 + missed) of ratios [G, R, strata, 2] of missed to read mass.
+def add_missed(parts: Sequence[Missed]) -> Missed:
+    """What callers missed together: their samples are independent."""
+    mean, variance, most = parts[0]
+    for part in parts[1:]:
+        mean, variance = mean + part.mean, variance + part.variance
+        most = log_add(most, part.log_most)
+    return Missed(mean, variance, most)
 
-    The mean ratio is unbiased; its reciprocal is not, so the second-order term of that bias
-    (variance times half the second derivative) is taken off.
+
+def recall_of(mean: Tensor, variance: Tensor) -> Tensor:
+    """Share of attention that was read, 1 / (1 + missed), of the mean and variance of `Missed`.
+
+    The mean is unbiased; its reciprocal is not, so the second-order term of that bias (variance
+    times half the second derivative) is taken off. 1 where no key is unread.
     """
-    missed = ratio.mean(dim=(2, 3))
-    variance = (ratio[..., 0] - ratio[..., 1]).square().sum(dim=2) / (4 * ratio.shape[2] ** 2)
-    recall = 1.0 / (1.0 + missed)
+    recall = 1.0 / (1.0 + mean)
     return (recall - recall.pow(3) * variance).clamp_(0.0, 1.0)
+
+
+def bound_of(log_most: Tensor, lse_read: Tensor) -> Tensor:
+    """Greatest share of attention that the unread keys can hold, [T, H] float32."""
+    return torch.sigmoid(log_most - lse_read)
 
 
 def _draw_probabilities(log_mass: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,9 +143,6 @@ def _draw(
 
 
 def _scores_at(rows: Tensor, k: Tensor, slots: Tensor) -> Tensor:
-    """Products of rows [G, R, D] with the keys at slots [G, R, n] of k [G, S, D], float32."""
-    keys = torch.stack(
-        [k[g].index_select(0, slots[g].flatten().clamp(min=0)) for g in range(k.shape[0])]
-    )
-    keys = keys.view(*slots.shape, k.shape[2])
-    return torch.matmul(keys, rows.unsqueeze(-1)).squeeze(-1).float()
+    """Products of rows [G, R, D] with the keys at slots [G, R, n] of k [N, D], float32."""
+    keys = k.index_select(0, slots.flatten().clamp(min=0)).view(*slots.shape, k.shape[1])
+    return torch.matmul(keys.float(), rows.float().unsqueeze(-1)).squeeze(-1)

@@ -45,62 +45,73 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Part:
     return attend(q, k, v, scale=scale, mask=order.unsqueeze(0) <= order.unsqueeze(1))
 
 
-def attend_shared(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Part, Tensor]:
-    """`attend` without a mask, and each key's share of its part's mass, [T, H, S] float32."""
-    per_group = q.shape[1] // k.shape[0]
-    scores = [q[:, h].float() @ k[h // per_group].float().T * scale for h in range(q.shape[1])]
-    return attend(q, k, v, scale=scale), torch.softmax(torch.stack(scores, dim=1), dim=-1)
-
-
-def key_mass(q: Tensor, k: Tensor, lse: Tensor, *, scale: float) -> Tensor:
-    """exp(score - lse) of every key, [T, H, S] float32; lse: [T, H], natural log of the whole."""
-    per_group = q.shape[1] // k.shape[0]
-    scores = [q[:, h].float() @ k[h // per_group].float().T * scale for h in range(q.shape[1])]
-    return torch.exp(torch.stack(scores, dim=1) - lse.unsqueeze(-1))
-
-
-def attend_slots(
-    q: Tensor, k: Tensor, v: Tensor, slots: Tensor, *, visible: Tensor | None, scale: float
+def attend_scored(
+    q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, scale: float
 ) -> tuple[Part, Tensor]:
-    """Attention over chosen slots, and the score of each.
+    """Attention of the heads of one group over their keys, and the scores.
 
-    q: [T, H, D]; k, v: [G, S, D]; slots: [G, B] int64, -1 where padded; visible: [G, T, B] bool,
-    which slots each query attends to, None for all. Returns the part and each slot's share of its
-    mass, [T, H, B] float32, 0 where a query does not attend.
+    q: [T, P, D]; k, v: [S, D]; visible: [T, S] bool, which keys each query attends to, None for
+    all. Returns the part and the scores [T, P, S] float32.
     """
-    num_tokens, num_heads, head_dim = q.shape
-    per_group = num_heads // slots.shape[0]
-    out = torch.zeros(num_tokens, num_heads, head_dim, device=q.device)
-    lse = torch.full((num_tokens, num_heads), -math.inf, device=q.device)
-    shares = torch.zeros(num_tokens, num_heads, slots.shape[1], device=q.device)
-    for t in range(num_tokens):
-        for h in range(num_heads):
-            g = h // per_group
-            seen = slots[g] >= 0 if visible is None else (slots[g] >= 0) & visible[g, t]
-            chosen = slots[g][seen]
-            part = attend(
-                q[t : t + 1, h : h + 1], k[g : g + 1, chosen], v[g : g + 1, chosen], scale=scale
-            )
-            out[t, h], lse[t, h] = part.out[0, 0], part.lse[0, 0]
-            scores = k[g, chosen].float() @ q[t, h].float() * scale
-            shares[t, h, seen] = torch.softmax(scores, dim=0)
-    return Part(out, lse), shares
+    part = attend(q, k.unsqueeze(0), v.unsqueeze(0), scale=scale, mask=visible)
+    return part, score_keys(q, k, scale=scale)
+
+
+def score_keys(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
+    """Scores [T, P, S] float32 of q [T, P, D] over the keys k [S, D] of its group."""
+    return torch.stack([k.float() @ row.float() * scale for row in q.flatten(0, 1)]).view(
+        *q.shape[:2], k.shape[0]
+    )
+
+
+def score_units(
+    q: Tensor,
+    centroids: Tensor,
+    variances: Tensor,
+    log_sizes: Tensor,
+    critical: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Estimated log mass of each unit for each query of a group, and without its spread: [T, P, U].
+
+    q: [T, P, D]; centroids, variances: [U, D]; log_sizes, critical: [U] float32. See
+    `select/centroid.py` for the formula.
+    """
+    linear = torch.empty(*q.shape[:2], centroids.shape[0], device=q.device)
+    log_mass = torch.empty_like(linear)
+    for t in range(q.shape[0]):
+        for p in range(q.shape[1]):
+            row = q[t, p].float() * scale
+            for u in range(centroids.shape[0]):
+                sigma = float((row.square() * variances[u].float()).sum()) ** 0.5
+                m = min(sigma, float(critical[u]))
+                linear[t, p, u] = log_sizes[u] + (row * centroids[u].float()).sum()
+                log_mass[t, p, u] = linear[t, p, u] + m * (sigma - m / 2)
+    return log_mass, linear
 
 
 def attend_estimated(log_mass: Tensor, value_sums: Tensor, sizes: Tensor) -> Part:
-    """The part of keys that were not read, each unit standing for its keys.
+    """The part of keys of one KV head that were not read, each unit standing for its keys.
 
-    log_mass: [T, H, U], estimated log of sum exp(score) over the unit's keys, -inf where the unit
-    does not count; value_sums: [G, U, D]; sizes: [G, U] keys of each unit, 0 at padding.
+    log_mass: [T, P, U], estimated log of sum exp(score) over the unit's keys, -inf where the unit
+    does not count; value_sums: [U, D]; sizes: [U] keys of each unit, 0 at padding.
     """
     mean_values = value_sums.float() / sizes.clamp(min=1).unsqueeze(-1)
-    num_tokens, num_heads, _ = log_mass.shape
-    per_group = num_heads // mean_values.shape[0]
-    out = torch.zeros(num_tokens, num_heads, mean_values.shape[2], device=log_mass.device)
-    lse = torch.full((num_tokens, num_heads), -math.inf, device=log_mass.device)
-    for t in range(num_tokens):
-        for h in range(num_heads):
-            lse[t, h] = torch.logsumexp(log_mass[t, h], dim=0)
-            if lse[t, h] > -math.inf:
-                out[t, h] = torch.exp(log_mass[t, h] - lse[t, h]) @ mean_values[h // per_group]
+    out = torch.zeros(*log_mass.shape[:2], mean_values.shape[1], device=log_mass.device)
+    lse = log_sum_exp(log_mass)
+    for t in range(log_mass.shape[0]):
+        for p in range(log_mass.shape[1]):
+            if lse[t, p] > -math.inf:
+                out[t, p] = torch.exp(log_mass[t, p] - lse[t, p]) @ mean_values
     return Part(out, lse)
+
+
+def log_sum_exp(x: Tensor) -> Tensor:
+    """Natural log of the sum of exp over the last dimension, -inf where every number is."""
+    return torch.logsumexp(x, dim=-1)
+
+
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows [n, D] of x [N, D]."""
+    return torch.stack([x[row] for row in rows.tolist()])

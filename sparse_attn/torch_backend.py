@@ -9,7 +9,6 @@ type; CUDA: half types); elsewhere they are computed for `_ROWS_AT_ONCE` rows at
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
         scores = _scaled_product(rows[:, piece], k, scale)
         if mask is not None:
             scores.masked_fill_(~mask[piece], LOWEST)
-        pieces.append(_softmax_product(scores, v, may_hide=mask is not None)[:2])
+        pieces.append(_softmax_product(scores, v, may_hide=mask is not None))
     out, lse = (torch.cat(column, dim=1) for column in zip(*pieces, strict=True))
     return _unfold(out, lse, num_tokens)
 
@@ -70,74 +69,73 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Part:
     return attend(q, k, v, scale=scale, mask=order.unsqueeze(0) <= order.unsqueeze(1))
 
 
-def attend_shared(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Part, Tensor]:
-    """`attend` without a mask, and each key's share of its part's mass, [T, H, S] float32.
-
-    For few queries: the shares are a whole matrix.
-    """
-    scores = _scaled_product(fold_rows(q, k.shape[0]), k, scale)
-    out, lse, weights = _softmax_product(scores, v, may_hide=False)
-    return _unfold(out, lse, q.shape[0]), unfold_rows(weights, q.shape[0])
-
-
-def key_mass(q: Tensor, k: Tensor, lse: Tensor, *, scale: float) -> Tensor:
-    """exp(score - lse) of every key, [T, H, S] float32; lse: [T, H], natural log of the whole."""
-    scores = unfold_rows(_scaled_product(fold_rows(q, k.shape[0]), k, scale), q.shape[0])
-    return scores.sub_(lse.unsqueeze(-1)).exp_()
-
-
-def attend_slots(
-    q: Tensor, k: Tensor, v: Tensor, slots: Tensor, *, visible: Tensor | None, scale: float
+def attend_scored(
+    q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, scale: float
 ) -> tuple[Part, Tensor]:
-    """Attention over chosen slots, and each slot's share of the part's mass.
+    """Attention of the heads of one group over their keys, and the scores.
 
-    q: [T, H, D]; k, v: [G, S, D]; slots: [G, B] int64, -1 where padded; visible: [G, T, B] bool,
-    which slots each query attends to, None for all. Returns the part and shares [T, H, B] float32,
-    0 where a query does not attend. Reads B keys and values a KV head, once for the tile.
+    q: [T, P, D]; k, v: [S, D]; visible: [T, S] bool, which keys each query attends to, None for
+    all. Returns the part and the scores [T, P, S] float32. For few queries: the scores are a whole
+    matrix.
     """
-    num_tokens = q.shape[0]
-    keys, values = _widened(gather_slots(k, slots)), _widened(gather_slots(v, slots))
-    scores = _scaled_product(fold_rows(q, k.shape[0]).to(keys.dtype), keys, scale)
-    hidden = (slots < 0).unsqueeze(1)
+    if k.shape[0] <= _MAX_WIDENED_SLOTS:
+        q, k, v = (_widened(x) for x in (q, k, v))
+    scores = _scores(q, k, scale)
+    hidden = scores
     if visible is not None:
-        hidden = ~visible | hidden
-    per_query = scores.view(scores.shape[0], -1, num_tokens, scores.shape[2])
-    per_query += hidden.unsqueeze(1) * LOWEST  # far cheaper than a masked fill
-    out, lse, weights = _softmax_product(scores, values, may_hide=True)
-    weights.masked_fill_((lse == -math.inf).unsqueeze(-1), 0.0)
-    return _unfold(out, lse, num_tokens), unfold_rows(weights, num_tokens)
+        hidden = scores.masked_fill(~visible.unsqueeze(1), LOWEST)
+    rows = hidden.view(1, -1, k.shape[0])
+    out, lse = _softmax_product(rows, v.unsqueeze(0), may_hide=visible is not None)
+    return Part(out.float().view(q.shape), lse.view(q.shape[:2])), scores
+
+
+def score_keys(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
+    """Scores [T, P, S] float32 of q [T, P, D] over the keys k [S, D] of its group."""
+    return _scores(q, k, scale)
+
+
+def score_units(
+    q: Tensor,
+    centroids: Tensor,
+    variances: Tensor,
+    log_sizes: Tensor,
+    critical: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Estimated log mass of each unit for each query of a group, and without its spread: [T, P, U].
+
+    q: [T, P, D]; centroids, variances: [U, D]; log_sizes, critical: [U] float32.
+    """
+    rows = q.float().mul(scale).reshape(-1, q.shape[2])
+    linear = torch.addmm(log_sizes, rows, centroids.float().t())
+    sigma = torch.mm(rows.square(), variances.float().t()).sqrt_()
+    knee = torch.minimum(sigma, critical)
+    log_mass = linear + knee * sigma.sub_(knee, alpha=0.5)
+    shape = (*q.shape[:2], centroids.shape[0])
+    return log_mass.view(shape), linear.view(shape)
 
 
 def attend_estimated(log_mass: Tensor, value_sums: Tensor, sizes: Tensor) -> Part:
-    """The part of keys that were not read, each unit standing for its keys.
+    """The part of keys of one KV head that were not read, each unit standing for its keys.
 
-    log_mass: [T, H, U] float32, -inf where the unit does not count; value_sums: [G, U, D];
-    sizes: [G, U] keys of each unit, 0 at padding.
+    log_mass: [T, P, U] float32, -inf where the unit does not count; value_sums: [U, D];
+    sizes: [U] keys of each unit, 0 at padding.
     """
-    weights, lse = _softmax(fold_rows(log_mass.clamp(min=LOWEST), value_sums.shape[0]))
-    weights /= sizes.clamp(min=1).unsqueeze(1)
-    out = torch.bmm(weights, value_sums.float())
-    return _unfold(out.masked_fill_((lse == -math.inf).unsqueeze(-1), 0.0), lse, len(log_mass))
+    shape = log_mass.shape
+    weights, lse = _softmax(log_mass.clamp(min=LOWEST).reshape(-1, shape[2]))
+    weights /= sizes.clamp(min=1)
+    out = torch.mm(weights, value_sums.float())
+    out.masked_fill_((lse == -math.inf).unsqueeze(-1), 0.0)
+    return Part(out.view(*shape[:2], -1), lse.view(shape[:2]))
 
 
-def gather_slots(x: Tensor, slots: Tensor) -> Tensor:
-    """Rows of x [G, S, D] at slots [G, B]; padding (-1) reads slot 0, whose weight is then 0."""
-    num_kv_heads, num_slots, head_dim = x.shape
-    if x.element_size() == 2 and head_dim % 2 == 0:
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows [n, D] of x [N, D]."""
+    if x.element_size() == 2 and x.shape[1] % 2 == 0:
         # Two halves move as one word: half as many elements, and the fast path of index_select.
-        return gather_slots(x.view(torch.int32), slots).view(x.dtype)
-    rows_per_head = x.stride(0) // head_dim
-    flat = slots.clamp(min=0)
-    flat += _first_rows(num_kv_heads, rows_per_head, x.device)
-    num_rows = rows_per_head * (num_kv_heads - 1) + num_slots
-    table = torch.as_strided(x, (num_rows, head_dim), (head_dim, 1))
-    return table.index_select(0, flat.view(-1)).view(num_kv_heads, -1, head_dim)
-
-
-@lru_cache(maxsize=64)
-def _first_rows(num_kv_heads: int, rows_per_head: int, device: torch.device) -> Tensor:
-    """Row of each KV head's first slot, [G, 1]."""
-    return torch.arange(num_kv_heads, device=device).mul_(rows_per_head).unsqueeze(1)
+        return x.view(torch.int32).index_select(0, rows).view(x.dtype)
+    return x.index_select(0, rows)
 
 
 def unfold_rows(rows: Tensor, num_tokens: int) -> Tensor:
@@ -196,15 +194,19 @@ def _softmax(scores: Tensor, *, may_hide: bool = True) -> tuple[Tensor, Tensor]:
     return weights, lse
 
 
-def _softmax_product(
-    scores: Tensor, values: Tensor, *, may_hide: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted mean of the values, log-sum-exp, and the weights; 0 for a row without a score."""
+def _softmax_product(scores: Tensor, values: Tensor, *, may_hide: bool) -> tuple[Tensor, Tensor]:
+    """Weighted mean of the values and log-sum-exp; 0 for a row without a score."""
     weights, lse = _softmax(scores, may_hide=may_hide)
     out = torch.bmm(weights.to(values.dtype), values)
     if may_hide:
         out.masked_fill_((lse == -math.inf).unsqueeze(-1), 0.0)
-    return out, lse, weights
+    return out, lse
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale * q @ k^T of q [T, P, D], k [S, D]: [T, P, S] float32."""
+    rows = q.to(k.dtype).reshape(1, -1, q.shape[2])
+    return _scaled_product(rows, k.unsqueeze(0), scale).view(*q.shape[:2], k.shape[0])
 
 
 def _scaled_product(rows: Tensor, keys: Tensor, scale: float) -> Tensor:

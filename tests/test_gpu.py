@@ -29,8 +29,8 @@ def first_logits(root: Path, device: str, dtype: str, mode: Mode) -> torch.Tenso
         # Everything is read, through clusters: which of two near ties is read may differ by device.
         budget = "100%" if mode == "centroid" else None
         asked = AskOptions(mode=mode, budget=budget)
-        session = engine.begin(NAME, QUESTION, asked, num_answer_tokens=4)
-        return session.forward(session.question_ids).cpu()
+        with engine.begin(NAME, QUESTION, asked, num_answer_tokens=4) as session:
+            return session.forward(session.question_ids).cpu()
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma3"])

@@ -11,47 +11,55 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.recall import QuerySample, estimate_mean
-from sparse_attn.estimate import bound_missed_share, sample_recall
+from sparse_attn.api import find_backend
+from sparse_attn.estimate import bound_of, log_most, recall_of, sample_missed
 from sparse_attn.reference import attend, attend_estimated
-from sparse_attn.select.base import Selection, Tail
-from sparse_attn.select.centroid import CentroidIndex, Units, select_nothing
+from sparse_attn.select.base import Tail
+from sparse_attn.select.centroid import Units
 from sparse_attn.state import Part, merge_parts
 
 SCALE = 0.25
+TORCH = find_backend("torch")
 
 
 def make_units(k: Tensor, v: Tensor, *, size: int) -> Units:
-    """Units of `size` consecutive keys of k, v [G, S, D]."""
+    """Units of `size` consecutive keys of k, v [G, S, D], laid flat; one fold holds them."""
     keys, values = (x.view(x.shape[0], -1, size, x.shape[2]) for x in (k, v))
     centroids = keys.mean(dim=2)
     centred = keys - centroids.unsqueeze(2)
     sizes = torch.full(centroids.shape[:2], size)
+    first = torch.arange(k.shape[0]).unsqueeze(1) * k.shape[1]
+    columns = torch.arange(centroids.shape[1]).expand_as(sizes)
     return Units.from_tables(
         centroids=centroids,
         variances=centred.square().mean(dim=2),
         value_sums=values.sum(dim=2),
         radii=centred.norm(dim=-1).amax(dim=2),
-        starts=torch.arange(centroids.shape[1]).expand_as(sizes) * size,
+        starts=first + columns * size,
         sizes=sizes,
+        bounds=torch.tensor([[0] + [centroids.shape[1]] * 8] * k.shape[0]),
+        ids=columns,
     )
-
-
-def make_selection(q: Tensor, k: Tensor, v: Tensor, *, size: int) -> Selection:
-    """The selection that reads nothing of k, v."""
-    units, nothing = make_units(k, v, size=size), torch.zeros(k.shape[0], 1, dtype=torch.int64)
-    index = CentroidIndex(clusters=units, groups=units, group_starts=nothing, group_counts=nothing)
-    return select_nothing(index, q, scale=SCALE)
 
 
 def make_tail(q: Tensor, k: Tensor, v: Tensor, *, size: int) -> Tail:
     """The tail when nothing of k, v is read."""
-    return make_selection(q, k, v, size=size).tail
+    units = make_units(k, v, size=size)
+    scores = TORCH.score_units(q, units, scale=SCALE)
+    return units.tail(scores.log_mass, scores.log_mass_linear)
 
 
 def attend_tail(q: Tensor, k: Tensor, v: Tensor, *, size: int) -> Part:
     """The estimated part when nothing of k, v is read."""
-    selection = make_selection(q, k, v, size=size)
-    return attend_estimated(selection.tail.log_mass, selection.value_sums, selection.tail.sizes)
+    units, log_mass = make_units(k, v, size=size), make_tail(q, k, v, size=size).log_mass
+    per_group = q.shape[1] // k.shape[0]
+    heads = [
+        attend_estimated(
+            log_mass[:, g * per_group : (g + 1) * per_group], units.value_sums[g], units.sizes[g]
+        )
+        for g in range(k.shape[0])
+    ]
+    return Part(*(torch.cat(x, dim=1) for x in zip(*heads, strict=True)))
 
 
 def log_mean_exp(num_keys: int, sigma: float) -> float:
@@ -65,11 +73,11 @@ def log_mean_exp(num_keys: int, sigma: float) -> float:
         radii=zero[..., 0],
         starts=torch.zeros(1, 1),
         sizes=torch.tensor([[num_keys]]),
+        bounds=torch.tensor([[0] + [1] * 8]),
+        ids=torch.zeros(1, 1),
     )
-    none = torch.zeros(1, 1, dtype=torch.int64)
-    index = CentroidIndex(clusters=units, groups=units, group_starts=none, group_counts=none)
-    tail = select_nothing(index, torch.ones(1, 1, 1), scale=SCALE).tail
-    return float(tail.log_mass) - math.log(num_keys)
+    scores = TORCH.score_units(torch.ones(1, 1, 1), units, scale=SCALE)
+    return float(scores.log_mass) - math.log(num_keys)
 
 
 @pytest.mark.parametrize("num_keys", [2, 16, 128])
@@ -135,10 +143,13 @@ def test_sampled_recall_is_unbiased_though_the_estimate_is_wrong(spread: float) 
     for guess in (tail, misled):
         reports = torch.stack(
             [
-                sample_recall(
-                    q, k, guess, read.lse, scale=SCALE, num_strata=32, generator=generator
+                recall_of(missed.mean, missed.variance)
+                for missed in (
+                    sample_missed(
+                        q, k[0], guess, read.lse, scale=SCALE, num_strata=32, generator=generator
+                    )
+                    for _ in range(400)
                 )
-                for _ in range(400)
             ]
         )
         error = reports.std(dim=0) / math.sqrt(400)
@@ -148,7 +159,7 @@ def test_sampled_recall_is_unbiased_though_the_estimate_is_wrong(spread: float) 
 def test_bound_holds_where_it_is_tight_and_where_it_is_vacuous() -> None:
     for spread in (0.02, 3.0):
         q, _, tail, read, true = recall_case(spread)
-        bound = bound_missed_share(q, tail, read.lse, scale=SCALE)
+        bound = bound_of(log_most(q, tail, scale=SCALE), read.lse)
         assert (1 - true <= bound + 1e-6).all()
         assert (bound.min() < 0.99) if spread < 0.1 else (bound > 0.99).all()
 

@@ -35,7 +35,9 @@ def make_prefill(model: LoadedModel) -> Prefill:
     return Prefill(model.decoder, find_backend("torch"), layout, clusters=CentroidParams())
 
 
-def run(model: LoadedModel, *, chunk_tokens: int, is_whole: bool) -> list[list[dict[str, Tensor]]]:
+def run(
+    model: LoadedModel, *, chunk_tokens: int, is_whole: bool
+) -> list[dict[int, dict[str, Tensor]]]:
     """Every segment's tensors, from `forward` (whole) or `fill`."""
     prefill = make_prefill(model)
     ids = torch.randint(0, 250, (NUM_TOKENS,), generator=torch.Generator().manual_seed(0))
@@ -46,7 +48,7 @@ def run(model: LoadedModel, *, chunk_tokens: int, is_whole: bool) -> list[list[d
             chunk = ids[first : min(first + chunk_tokens, stop)]
             (prefill.forward if is_whole else prefill.fill)(chunk, first)
         segments.append(prefill.build(segment_idx))
-        prefill.append(segments[-1])
+        prefill.append(segment_idx, segments[-1])
     return segments
 
 
@@ -55,7 +57,7 @@ def test_filling_keeps_the_very_keys_that_a_whole_forward_keeps(tmp_path: Path, 
     model = load_model(str(save_tiny_model(tmp_path, case)))
     whole, filled = (run(model, chunk_tokens=100, is_whole=flag) for flag in (True, False))
     for a, b in zip(whole, filled, strict=True):
-        for head_a, head_b in zip(a, b, strict=True):
+        for head_a, head_b in zip(a.values(), b.values(), strict=True):
             assert head_a.keys() == head_b.keys()
             assert all(torch.equal(head_a[name], head_b[name]) for name in head_a)
 
@@ -64,7 +66,7 @@ def test_filling_keeps_the_very_keys_that_a_whole_forward_keeps(tmp_path: Path, 
 def test_chunks_change_keys_by_rounding_alone(tmp_path: Path, case: str) -> None:
     model = load_model(str(save_tiny_model(tmp_path, case)))
     large, small = (run(model, chunk_tokens=tokens, is_whole=False)[0] for tokens in (256, 37))
-    for head_large, head_small in zip(large, small, strict=True):
+    for head_large, head_small in zip(large.values(), small.values(), strict=True):
         by_token = [
             head["k"].gather(
                 1, head["positions"].long().argsort(1).unsqueeze(2).expand_as(head["k"])

@@ -241,7 +241,7 @@ class ProductRun:
             self._num_tokens += len(chunk)
             if len(chunk) == room:
                 segment_idx = self._num_tokens // SEGMENT_TOKENS - 1
-                self._prefill.append(self._prefill.build(segment_idx))
+                self._prefill.append(segment_idx, self._prefill.build(segment_idx))
         return torch.cat(pieces)
 
 

@@ -10,14 +10,17 @@ import math
 import random
 
 import torch
+from torch import Tensor
 
 from benchmarks.harness import print_row
 from sparse_attn import reference
-from sparse_attn.select.base import Limit, Selection
-from sparse_attn.select.centroid import select
+from sparse_attn.api import Backend, find_backend
+from sparse_attn.select.base import Limit
+from sparse_attn.select.centroid import Units, opening_limit
 from sparse_attn.state import Part, empty_part, merge_parts
-from sparse_attn.torch_backend import attend, attend_estimated, attend_slots
-from tests.sparse_attn.inputs import SCALE, clustered_layer, random_qkv
+from sparse_attn.step import Scores, UnitsRead
+from sparse_attn.torch_backend import attend
+from tests.sparse_attn.inputs import SCALE, Layer, clustered_layer, random_qkv
 
 NUM_PARTITIONS = 300
 NUM_LAYERS = 60
@@ -66,33 +69,62 @@ def _partition_error(seed: int, spreads: tuple[float, ...]) -> float:
 
 def _selection_error(seed: int, levels: int) -> tuple[float, int]:
     """Error when every cluster is read, and how many of four limits lose or repeat a key."""
-    k, v, index, _ = clustered_layer(NUM_KEYS, seed=seed)
+    layer, backend = clustered_layer(NUM_KEYS, seed=seed), find_backend("torch")
     q, _, _ = random_qkv(2, 1, seed=seed + 1, spread=2.0)
-    steady_keys, steady_values = (
-        torch.cat([x[:, :NUM_SINKS], x[:, NUM_KEYS - NUM_WINDOW :]], dim=1) for x in (k, v)
-    )
-    steady = attend(q, steady_keys, steady_values, scale=SCALE)
+    steady = attend(q, layer.steady_k, layer.steady_v, scale=SCALE)
     wrong = 0
     for limit in (Limit(keys=0), Limit(keys=50), Limit(mass=0.7), Limit(keys=NUM_KEYS)):
-        selection = select(index, q, scale=SCALE, lse_steady=steady.lse, limit=limit, levels=levels)
-        wrong += not _adds_up(selection)
-    part, _ = attend_slots(q, k, v, selection.slots, visible=selection.visible, scale=SCALE)
-    tail = attend_estimated(selection.tail.log_mass, selection.value_sums, selection.tail.sizes)
-    merged = merge_parts([steady, part, tail])
-    return _error(merged, reference.attend(q, k, v, scale=SCALE)), wrong
+        read = _read(backend, layer, q, steady.lse, limit, levels)
+        wrong += not _adds_up(read)
+    k, v = (x.view(layer.steady_k.shape[0], NUM_KEYS, -1) for x in (layer.k, layer.v))
+    dense = reference.attend(q, k, v, scale=SCALE)
+    return _error(merge_parts([steady, read.part]), dense), wrong
 
 
-def _adds_up(selection: Selection) -> bool:
+def _read(
+    backend: Backend, layer: Layer, q: Tensor, lse_steady: Tensor, limit: Limit, levels: int
+) -> UnitsRead:
+    """Select, read and estimate, as a question does."""
+
+    def choose(units: Units, lse_other: Tensor, within: Limit) -> tuple[Scores, Tensor]:
+        scores = backend.score_units(q, units, scale=SCALE)
+        total = backend.merge_tree_lse(torch.stack([lse_other, scores.lse]))
+        return scores, backend.take_units(
+            scores, units, total=total, lse_steady=lse_steady, limit=within
+        )
+
+    units, closed, lse_other = layer.index.clusters, None, lse_steady
+    if levels == 2:
+        groups = layer.index.groups
+        scores, opened = choose(groups, lse_steady, opening_limit(limit))
+        left = backend.close_units(scores, groups, opened.any(dim=1))
+        units, closed = layer.index.members(opened.any(dim=1)), (groups, left)
+        lse_other = backend.merge_tree_lse(torch.stack([lse_steady, left.lse]))
+    scores, taken = choose(units, lse_other, limit)
+    return backend.attend_units(
+        q,
+        layer.k,
+        layer.v,
+        units,
+        scores,
+        taken,
+        scale=SCALE,
+        is_estimating=True,
+        keeps=False,
+        closed=closed,
+    )
+
+
+def _adds_up(read: UnitsRead) -> bool:
     """Whether read and estimated keys of every query are the whole body, each once."""
     num_body = NUM_KEYS - NUM_SINKS - NUM_WINDOW
-    per_query, _ = selection.count_read()
-    num_queries, num_heads, num_units = selection.tail.log_mass.shape
-    num_kv_heads = selection.slots.shape[0]
-    unread = (selection.tail.log_mass > -math.inf).view(
+    num_queries, num_heads, num_units = read.tail.log_mass.shape
+    num_kv_heads = read.num_attended.shape[0]
+    unread = (read.tail.log_mass > -math.inf).view(
         num_queries, num_kv_heads, num_heads // num_kv_heads, num_units
     )
-    estimated = (unread * selection.tail.sizes.unsqueeze(1)).sum(dim=-1)  # [T, G, H / G]
-    total = estimated + per_query.t().unsqueeze(-1)
+    estimated = (unread * read.tail.sizes.unsqueeze(1)).sum(dim=-1)  # [T, G, H / G]
+    total = estimated + read.num_attended.t().unsqueeze(-1)
     return bool((total == num_body).all())
 
 

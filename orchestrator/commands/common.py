@@ -7,13 +7,23 @@ made.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from orchestrator.config import DEFAULT_MODEL, DEVICES, DTYPES, default_store
+from orchestrator.config import (
+    DEFAULT_MODEL,
+    DEVICES,
+    DTYPES,
+    EXECUTORS,
+    EXTERNAL,
+    EngineConfig,
+    default_store,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from orchestrator.engine import Engine
@@ -36,7 +46,14 @@ _ENGINE_OPTIONS = (
     click.option(
         "--backend", help="Of attention: native, torch or reference [native on cpu, torch on cuda]."
     ),
-    click.option("--threads", type=int, help="CPU threads [all cores]."),
+    click.option(
+        "--threads", type=int, help="CPU threads of each rank [all cores over the ranks]."
+    ),
+    click.option(
+        "--executor",
+        type=click.Choice(EXECUTORS),
+        help="Who starts the ranks [local, one process; under a launcher, its ranks].",
+    ),
     click.option("--mesh", default="auto", show_default=True, help="HEADSxCONTEXT ranks."),
     click.option(
         "--deterministic/--no-deterministic",
@@ -63,14 +80,29 @@ def engine_options(command: Command) -> Command:
 
 
 def load_engine(options: dict[str, Any]) -> Engine:
-    """An engine from the options of `engine_options`; the default model is fetched once."""
+    """An engine from the options of `engine_options`; the default model is fetched once.
+
+    On a rank above 0 of a launcher's it does not return: the rank follows rank 0 until that stops,
+    prints nothing, and the command ends.
+    """
     from orchestrator.engine import Engine
     from orchestrator.model.registry import fetch, is_fetched
 
-    if options["model"] == DEFAULT_MODEL and not is_fetched(DEFAULT_MODEL):
+    config = resolve(**options)
+    if config.executor == EXTERNAL and os.environ["RANK"] != "0":
+        _follow(config)
+    if config.model == DEFAULT_MODEL and not is_fetched(DEFAULT_MODEL):
         click.echo(f"fetching {DEFAULT_MODEL}, once", err=True)
         fetch(DEFAULT_MODEL)
     return Engine.load(**options)
+
+
+def _follow(config: EngineConfig) -> NoReturn:
+    from collectives import read_rendezvous
+    from orchestrator.cluster.rank import run_rank
+
+    run_rank(read_rendezvous(timeout_s=config.timeout_s), config)
+    raise click.exceptions.Exit(0)
 
 
 def store_path(store: Path | None) -> Path:

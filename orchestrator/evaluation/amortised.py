@@ -220,14 +220,16 @@ class _Times:
         answer = self._engine.ask("clustered", question, mode=mode, budget=budget, max_tokens=1)
         self.first[mode].append(answer.timing.ttft_s)
         options = AskOptions(mode=mode, budget=budget)
-        session = self._engine.begin("clustered", question, options, num_answer_tokens=NUM_STEPS)
-        token = _greedy(session.forward(session.question_ids))
-        before = session.recorder.bytes_read()
-        began = time.perf_counter()
-        for _ in range(NUM_STEPS):
-            token = _greedy(session.forward([token]))
-        self.token[mode].append((time.perf_counter() - began) / NUM_STEPS)
-        attention_bytes = (session.recorder.bytes_read() - before) // NUM_STEPS
+        with self._engine.begin(
+            "clustered", question, options, num_answer_tokens=NUM_STEPS
+        ) as session:
+            token = _greedy(session.forward(session.question_ids))
+            before = session.recorder.bytes_read_here()
+            began = time.perf_counter()
+            for _ in range(NUM_STEPS):
+                token = _greedy(session.forward([token]))
+            self.token[mode].append((time.perf_counter() - began) / NUM_STEPS)
+            attention_bytes = (session.recorder.bytes_read_here() - before) // NUM_STEPS
         self.step_bytes[mode] = attention_bytes + self._engine.model.decoder.num_bytes
 
 

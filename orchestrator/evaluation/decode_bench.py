@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 import torch
 
 from orchestrator.evaluation.synthetic import NOTICE, synthetic_context
-from orchestrator.model.attention import AttentionPlan, QuestionAttention
+from orchestrator.model.attention import QuestionAttention
 from orchestrator.model.load import LoadedModel
 from orchestrator.model.recorder import Recorder
 from orchestrator.selection import decide
+from orchestrator.steps import AttentionPlan
 from orchestrator.types import AskOptions, Mode
 from sparse_attn.api import Backend
-from sparse_attn.select.base import Limit
 from sparse_attn.select.centroid_build import CentroidParams
 
 
@@ -68,9 +68,8 @@ def measure_decode(
             num_steady=context.num_steady,
             keys_per_cluster=CentroidParams().keys_per_cluster,
         )
-        limit = Limit(keys=decision.retrieved_keys or 0)
-        plan = AttentionPlan(mode=mode, limit=limit, levels=decision.levels)
-        recorder = Recorder(context.resident, recall_period=plan.recall_period)
+        plan = AttentionPlan(mode=mode, keys=decision.retrieved_keys or 0, levels=decision.levels)
+        recorder = Recorder(context.resident, context.place, recall_period=plan.recall_period)
         attention = QuestionAttention(
             context,
             plan,
@@ -81,7 +80,7 @@ def measure_decode(
             capacity_tokens=repeats + 2,
         )
         seconds = _time_steps(model, attention, num_tokens, repeats)
-        step_bytes = recorder.bytes_read() // (repeats + 2) + decoder.num_bytes
+        step_bytes = recorder.bytes_read_here() // (repeats + 2) + decoder.num_bytes
         timings.append(
             DecodeTiming(
                 notice=NOTICE,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kv_store import Layout, ResidentDocument
 from orchestrator.ingest import NUM_SINKS
-from orchestrator.model.attention import DocumentContext
 from orchestrator.model.config import ModelConfig
+from orchestrator.model.context import DocumentContext
+from orchestrator.place import alone
 from orchestrator.prefill import order_segment
 from sparse_attn.select.centroid_build import CentroidParams
 
@@ -44,12 +45,15 @@ def synthetic_context(
         head_dim=cfg.head_dim,
         kv_dtype=str(dtype).removeprefix("torch."),
     )
-    resident = ResidentDocument.for_layout(layout, dtype=dtype, device=device)
+    place = alone(num_heads=cfg.num_heads, num_kv_heads=cfg.num_kv_heads)
+    holding = place.holding(layout, by_fold=True)
+    resident = ResidentDocument(holding, dtype=dtype, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     for segment_idx in range(layout.num_segments):
-        resident.append(_segment(layout, segment_idx, dtype, device, generator))
+        heads = _segment(layout, segment_idx, dtype, device, generator)
+        resident.append(segment_idx, dict(enumerate(heads)))
     resident.freeze()
-    return DocumentContext(resident, num_sinks=layout.sinks, num_window=layout.window)
+    return DocumentContext(resident, place)
 
 
 def _segment(

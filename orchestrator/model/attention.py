@@ -6,126 +6,29 @@ and no files: the decoder calls it with rotated queries and keys and gets the at
 
 Full-attention layers merge  steady | retrieved | estimated  (or steady | body when `exact`);
 sliding-window layers attend to the last `window` keys and are neither selected nor recorded.
+
+Over ranks: every context rank of a head group has the steady keys and the queries, and its shard of
+the body. Ranks exchange the parts of their shards, the masses that a selection needs and the lists
+of their best clusters, so that each goes on as if it held everything; where the number of context
+ranks divides 8, the bits are those of one rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from kv_store import ResidentDocument
+from collectives import Group
+from orchestrator.model.context import DocumentContext
+from orchestrator.model.lookup import Lookup
 from orchestrator.model.recorder import Recorder
 from orchestrator.recall import QuerySample
+from orchestrator.steps import AttentionPlan
 from sparse_attn.api import Backend
-from sparse_attn.estimate import bound_missed_share
-from sparse_attn.select.base import Limit
-from sparse_attn.select.centroid import CentroidIndex, Units
-from sparse_attn.state import Part, merge_parts
-from sparse_attn.step import Step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionPlan:
-    """Everything decided before the first forward: `auto` is already resolved.
-
-    mode: exact, window or centroid; limit: of retrieved keys (0 in window); levels: of the look-up;
-    tile_tokens: question tokens that read together; recall_period: one query in so many has its
-    recall sampled, from num_strata times two keys a head; audit: compare every query with exact
-    attention.
-    """
-
-    mode: str
-    limit: Limit
-    levels: int
-    tile_tokens: int = 64
-    recall_period: int = 4
-    num_strata: int = 32
-    seed: int = 0
-    audit: bool = False
-
-
-class DocumentContext:
-    """A document in memory, ready for questions: its KV and the look-up tables of each layer.
-
-    Shared by every question on the document and changed by none. num_sinks, num_window: the steady
-    zone; load_clusters: brings the cluster tables where `resident` was loaded without, when a
-    question first needs them.
-    """
-
-    def __init__(
-        self,
-        resident: ResidentDocument,
-        *,
-        num_sinks: int,
-        num_window: int,
-        load_clusters: Callable[[], None] | None = None,
-    ) -> None:
-        self.resident = resident
-        self._load_clusters = load_clusters
-        self.num_tokens = resident.num_tokens
-        self.num_sinks = min(num_sinks, self.num_tokens)
-        self.num_window = min(num_window, self.num_tokens - self.num_sinks)
-        self._indexes: dict[int, CentroidIndex] = {}
-
-    @property
-    def num_steady(self) -> int:
-        """Keys that are always read: sinks and window."""
-        return self.num_sinks + self.num_window
-
-    @property
-    def body(self) -> slice:
-        """Slots outside the steady zone."""
-        return slice(self.num_sinks, self.num_tokens - self.num_window)
-
-    def require_clusters(self) -> None:
-        """Bring the cluster tables if they are not here yet; not in inference mode."""
-        if not self.resident.clusters and self._load_clusters is not None:
-            self._load_clusters()
-
-    def index(self, full_layer: int) -> CentroidIndex:
-        """Look-up tables of the `full_layer`-th full-attention layer, built on first use."""
-        if full_layer not in self._indexes:
-            self._indexes[full_layer] = _build_index(self.resident, full_layer)
-        return self._indexes[full_layer]
-
-    def steady_keys(self, full_layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [G, sinks + window, D] of the steady zone."""
-        k, v = self.resident.k[full_layer], self.resident.v[full_layer]
-        stop = self.num_tokens - self.num_window
-        return (
-            torch.cat([k[:, : self.num_sinks], k[:, stop:]], dim=1),
-            torch.cat([v[:, : self.num_sinks], v[:, stop:]], dim=1),
-        )
-
-
-def _build_index(resident: ResidentDocument, full_layer: int) -> CentroidIndex:
-    tables = resident.clusters[full_layer]
-    clusters = Units.from_tables(
-        centroids=tables.centroids,
-        variances=tables.variances,
-        value_sums=tables.value_sums,
-        radii=tables.radii,
-        starts=tables.starts,
-        sizes=tables.sizes,
-    )
-    first_cluster = tables.group_starts.long().clamp(max=clusters.starts.shape[1] - 1)
-    groups = Units.from_tables(
-        centroids=tables.group_centroids,
-        variances=tables.group_variances,
-        value_sums=tables.group_value_sums,
-        radii=tables.group_radii,
-        starts=clusters.starts.gather(1, first_cluster),
-        sizes=tables.group_sizes,
-    )
-    return CentroidIndex(
-        clusters=clusters,
-        groups=groups,
-        group_starts=tables.group_starts.long(),
-        group_counts=tables.group_counts.long(),
-    )
+from sparse_attn.estimate import Missed, add_missed, bound_of, log_most, recall_of
+from sparse_attn.folds import Kept
+from sparse_attn.state import Part
+from sparse_attn.step import UnitsRead
 
 
 class QuestionAttention:
@@ -147,31 +50,39 @@ class QuestionAttention:
     ) -> None:
         self._context, self._plan, self._backend, self._recorder = context, plan, backend, recorder
         self._scale, self._windows = scale, windows
-        self._generator = torch.Generator().manual_seed(plan.seed)
+        self._ranks = context.place.context
+        # Samples of ranks are independent of each other; one rank draws as it always did.
+        self._generator = torch.Generator().manual_seed(plan.seed + (self._ranks.rank << 32))
+        self._num_strata = max(1, plan.num_strata // self._ranks.size)
         if plan.mode != "exact":
             context.require_clusters()
+        self._lookup = Lookup(context, plan, backend, scale=scale)
         self._queries = QuerySample(period=plan.recall_period, seed=plan.seed)
         self._places = _count_per_kind(windows)
         self._tails = [self._make_tail(layer, capacity_tokens) for layer in range(len(windows))]
         self._filled = [int(tail[2]) for tail in self._tails]
 
     def __call__(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention output [T, H, D] in q's dtype, for q [T, H, D] and the new k, v [T, G, D]."""
+        """Attention output [T, all heads, D] in q's dtype, for q [T, H, D] and the new k, v [T, G,
+        D] of this rank's heads.
+        """
         past = self._append(layer_idx, k, v)
         window = self._windows[layer_idx]
         if window is not None:
-            return self._attend_sliding(layer_idx, q, past, window).out.to(q.dtype)
+            return self._join_heads(
+                self._attend_sliding(layer_idx, q, past, window).out.to(q.dtype)
+            )
         steady = self._attend_steady(layer_idx, q, past)
         full_layer = self._places[layer_idx]
         if self._plan.mode == "exact":
-            return self._attend_exact(full_layer, q, steady, past).to(q.dtype)
-        return self._attend_tiles(full_layer, q, steady, past).to(q.dtype)
+            out = self._attend_exact(full_layer, q, steady, past)
+        else:
+            out = self._attend_tiles(full_layer, q, steady, past)
+        return self._join_heads(out.to(q.dtype))
 
     def _attend_tiles(self, full_layer: int, q: Tensor, steady: Part, past: int) -> Tensor:
         """Question tokens read together, `tile_tokens` at a time."""
         num_tokens, tile = q.shape[0], self._plan.tile_tokens
-        if num_tokens <= tile:
-            return self._attend_selected(full_layer, q, steady, past + num_tokens, is_last=True)
         outs = []
         for start in range(0, num_tokens, tile):
             stop = min(start + tile, num_tokens)
@@ -180,7 +91,7 @@ class QuestionAttention:
             outs.append(
                 self._attend_selected(full_layer, q[start:stop], own, past + stop, is_last=is_last)
             )
-        return torch.cat(outs)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _make_tail(self, layer_idx: int, capacity_tokens: int) -> tuple[Tensor, Tensor, int]:
         """Buffers [G, kept + capacity, D] that begin with the document keys this layer always
@@ -189,8 +100,6 @@ class QuestionAttention:
         place, resident = self._places[layer_idx], self._context.resident
         if self._windows[layer_idx] is None:
             k, v = self._context.steady_keys(place)
-            if self._plan.mode == "exact":  # the document is read as one run, steady zone included
-                k, v = k[:, :0], v[:, :0]
         else:
             k, v = resident.sliding_k[place], resident.sliding_v[place]
         kept = k.shape[1]
@@ -224,66 +133,139 @@ class QuestionAttention:
         return self._backend.attend(q, k, v, scale=self._scale, mask=mask)
 
     def _attend_exact(self, full_layer: int, q: Tensor, steady: Part, past: int) -> Tensor:
-        # Whole tensors: a slice between the heads' steady zones would be copied by bf16 products.
-        k, v = self._context.resident.k[full_layer], self._context.resident.v[full_layer]
-        part = self._backend.attend_body(
-            q, k, v, steady, scale=self._scale, evidence=self._recorder.mass(full_layer)
-        )
-        self._recorder.add_exact(q.shape[0], past + q.shape[0] + k.shape[1])
-        return part.out
+        part, kept = self._attend_body(full_layer, q, keeps=True)
+        whole = self._merge([steady, merge_over(self._ranks, part, self._backend)])
+        assert kept is not None
+        self._backend.spread_evidence(self._recorder.mass(full_layer), kept, whole.lse[-1])
+        num_body = self._context.num_tokens - self._context.num_steady
+        self._recorder.add_exact(q.shape[0], past + q.shape[0] + num_body)
+        return whole.out
 
     def _attend_selected(
         self, full_layer: int, q: Tensor, steady: Part, num_steady: int, *, is_last: bool
     ) -> Tensor:
         """One tile: select, read, estimate the rest, and tell the recorder what was missed."""
-        resident, plan = self._context.resident, self._plan
-        step = self._backend.attend_selected(
+        resident, backend = self._context.resident, self._backend
+        found = self._lookup.find(full_layer, q, steady.lse)
+        read = backend.attend_units(
             q,
             resident.k[full_layer],
             resident.v[full_layer],
-            self._context.index(full_layer),
-            steady,
+            found.units,
+            found.scores,
+            found.taken,
             scale=self._scale,
-            limit=plan.limit,
-            levels=plan.levels,
-            is_estimating=plan.mode != "window",
-            evidence=self._recorder.mass(full_layer) if is_last else None,
+            is_estimating=self._plan.mode != "window",
+            keeps=is_last,
+            closed=found.closed,
         )
+        body, lse_body = _merge_reads(self._ranks, read, backend)
+        lse_read = backend.merge_tree_lse(torch.stack([steady.lse, lse_body]))
+        if read.kept is not None:
+            backend.spread_evidence(self._recorder.mass(full_layer), read.kept, lse_read[-1])
         first_query = num_steady - q.shape[0] - self._context.num_steady
-        num_sampled = self._sample_recall(full_layer, q, step, first_query=first_query)
-        self._recorder.add_read(full_layer, q.shape[0], num_steady, step, num_sampled=num_sampled)
-        if plan.audit:
-            self._audit(full_layer, q, step, steady)
-        return step.out
+        num_sampled = self._sample_recall(full_layer, q, read, lse_read, first_query=first_query)
+        self._recorder.add_read(
+            full_layer,
+            num_steady,
+            read,
+            lookup_bytes=found.lookup_bytes,
+            num_sampled=num_sampled,
+        )
+        if self._plan.audit:
+            self._audit(full_layer, q, read, steady, lse_read)
+        return self._merge([steady, body]).out
 
-    def _sample_recall(self, full_layer: int, q: Tensor, step: Step, *, first_query: int) -> int:
-        """Sample the recall of the tile's chosen queries; returns keys read for it."""
+    def _sample_recall(
+        self, full_layer: int, q: Tensor, read: UnitsRead, lse_read: Tensor, *, first_query: int
+    ) -> int:
+        """Sample the recall of the tile's chosen queries; returns keys read for it here."""
         chosen = self._queries.chosen(full_layer, first_query, q.shape[0])
         if not chosen:
             return 0
-        lse_read, tail = step.lse_read, step.tail
+        tail = read.tail
         if len(chosen) < q.shape[0]:
             rows = torch.tensor(chosen, device=q.device)
             q, lse_read, tail = q[rows], lse_read[rows], tail.of_queries(rows)
-        recall, bound = self._backend.sample_recall(
+        missed = self._backend.sample_missed(
             q,
             self._context.resident.k[full_layer],
             tail,
             lse_read,
             scale=self._scale,
-            num_strata=self._plan.num_strata,
+            num_strata=self._num_strata,
             generator=self._generator,
         )
-        self._recorder.add_recall(full_layer, [first_query + t for t in chosen], recall, bound)
-        return 2 * self._plan.num_strata * q.shape[0] * q.shape[1]
+        missed = _add_over(self._ranks, missed)
+        self._recorder.add_recall(
+            full_layer,
+            [first_query + t for t in chosen],
+            recall_of(missed.mean, missed.variance),
+            bound_of(missed.log_most, lse_read),
+        )
+        return 2 * self._num_strata * q.shape[0] * q.shape[1]
 
-    def _audit(self, full_layer: int, q: Tensor, step: Step, steady: Part) -> None:
-        body, resident = self._context.body, self._context.resident
-        k, v = resident.k[full_layer][:, body], resident.v[full_layer][:, body]
-        total = merge_parts([steady, self._backend.attend(q, k, v, scale=self._scale)])
-        bound = bound_missed_share(q, step.tail, step.lse_read, scale=self._scale)
-        recall = torch.exp(step.lse_read - total.lse).clamp_(max=1.0)
-        self._recorder.add_audit(full_layer, recall, bound)
+    def _audit(
+        self, full_layer: int, q: Tensor, read: UnitsRead, steady: Part, lse_read: Tensor
+    ) -> None:
+        part, _ = self._attend_body(full_layer, q, keeps=False)
+        total = self._merge([steady, merge_over(self._ranks, part, self._backend)])
+        nothing = torch.zeros_like(lse_read)
+        most = log_most(q, read.tail, scale=self._scale)
+        missed = _add_over(self._ranks, Missed(nothing, nothing, most))
+        recall = torch.exp(lse_read - total.lse).clamp_(max=1.0)
+        self._recorder.add_audit(full_layer, recall, bound_of(missed.log_most, lse_read))
+
+    def _attend_body(self, full_layer: int, q: Tensor, *, keeps: bool) -> tuple[Part, Kept | None]:
+        """This rank's keys of the body, read one and all."""
+        resident = self._context.resident
+        return self._backend.attend_runs(
+            q,
+            resident.k[full_layer],
+            resident.v[full_layer],
+            self._context.runs,
+            scale=self._scale,
+            keeps=keeps,
+        )
+
+    def _merge(self, parts: list[Part]) -> Part:
+        outs, lses = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+        return self._backend.merge_tree(outs, lses)
+
+    def _join_heads(self, own: Tensor) -> Tensor:
+        """Outputs [T, all heads, D] from those of each head group [T, H, D]."""
+        heads = self._context.place.heads
+        if heads.size == 1:
+            return own
+        gathered = heads.all_gather(own.contiguous())
+        return gathered.transpose(0, 1).reshape(own.shape[0], -1, own.shape[2])
+
+
+def merge_over(ranks: Group, part: Part, backend: Backend) -> Part:
+    """The part over the keys of all ranks, from each rank's own, on every rank."""
+    if ranks.size == 1:
+        return part
+    message = torch.cat([part.out, part.lse.unsqueeze(-1)], dim=2)
+    gathered = ranks.all_gather(message)
+    return backend.merge_tree(gathered[..., :-1].contiguous(), gathered[..., -1].contiguous())
+
+
+def _merge_reads(ranks: Group, read: UnitsRead, backend: Backend) -> tuple[Part, Tensor]:
+    """`merge_over`, and the mass of what was read alone, [T, H]."""
+    if ranks.size == 1:
+        return read.part, read.lse_read
+    masses = torch.stack([read.part.lse, read.lse_read], dim=-1)
+    gathered = ranks.all_gather(torch.cat([read.part.out, masses], dim=2))
+    out, lse, lse_read = gathered[..., :-2], gathered[..., -2], gathered[..., -1]
+    part = backend.merge_tree(out.contiguous(), lse.contiguous())
+    return part, backend.merge_tree_lse(lse_read.contiguous())
+
+
+def _add_over(ranks: Group, missed: Missed) -> Missed:
+    """What all ranks missed together."""
+    if ranks.size == 1:
+        return missed
+    return add_missed([Missed(*rows) for rows in ranks.all_gather(torch.stack(list(missed)))])
 
 
 def _count_per_kind(windows: tuple[int | None, ...]) -> list[int]:

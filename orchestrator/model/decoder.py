@@ -5,27 +5,43 @@ query reads and how the parts are merged is the business of `attend`, which the 
 (`ingest.py` appends and attends, `attention.py` selects). No batch dimension: a request is a
 sequence of tokens, and requests that share weights are the caller's to stack along T.
 
-Callers run it under `torch.inference_mode()`.
+Sharded over ranks (`shard.py`), every product gives a rank its own columns of the result, which are
+then gathered: four collectives a layer, none of which adds anything up, so that the bits of a
+forward do not depend on the number of ranks. Callers run it under `torch.inference_mode()`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from collectives import Group, SoloGroup
+from collectives.overlap import Steps, run_steps
 from orchestrator.model.config import ModelConfig, RopeConfig
-from orchestrator.model.layers import LayerWeights, Linear, ModelWeights, mlp, residual, rms_norm
+from orchestrator.model.layers import (
+    LayerWeights,
+    Linear,
+    LinearSplit,
+    ModelWeights,
+    gated,
+    residual,
+    rms_norm,
+)
 from orchestrator.model.rope import Rotation, inverse_frequencies, rotate, rotation
+from orchestrator.model.shard import Columns, ModelShard, whole_model
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""`attend(layer_idx, q [T, H, D], k [T, G, D], v [T, G, D]) -> out [T, H, D]`.
+Attend = Callable[[int, Tensor, Tensor, Tensor], "Tensor | Steps[Tensor]"]
+"""`attend(layer_idx, q [T, H, D], k [T, G, D], v [T, G, D]) -> out [T, all heads, D]`.
 
-q and k are rotated; the caller multiplies scores by `ModelConfig.attention_scale`, masks by
-position and honours `ModelConfig.windows[layer_idx]`. `out` may be float32 whatever q is.
+q, k and v are those of this rank's heads, q and k rotated; `out` is of all heads of the model,
+whoever computed them, and may be float32 whatever q is. The caller multiplies scores by
+`ModelConfig.attention_scale`, masks by position and honours `ModelConfig.windows[layer_idx]`. An
+attention that waits for other ranks returns steps.
 """
 
 Store = Callable[[int, Tensor, Tensor], None]
@@ -33,16 +49,29 @@ Store = Callable[[int, Tensor, Tensor], None]
 
 
 class Decoder:
-    """A model ready to compute; holds weights and rotary frequencies, and nothing of any call.
+    """A model ready to compute, or one rank's shard of it; holds weights and rotary frequencies,
+    and nothing of any call.
 
-    linear: how weights are multiplied.
+    linear: how weights are multiplied; linear_split: the same with bits that do not depend on how
+    columns are cut over ranks, None for `linear` everywhere; group: all ranks, where `shard` is not
+    the whole model.
     """
 
     def __init__(
-        self, cfg: ModelConfig, weights: ModelWeights, linear: Linear = functional.linear
+        self,
+        cfg: ModelConfig,
+        weights: ModelWeights,
+        linear: Linear = functional.linear,
+        *,
+        linear_split: LinearSplit | None = None,
+        shard: ModelShard | None = None,
+        group: Group | None = None,
     ) -> None:
         self.cfg = cfg
-        self._linear = linear
+        self.shard = shard or whole_model(cfg)
+        self._group = group or SoloGroup()
+        assert self._group.size == self.shard.model.size
+        self._linear, self._linear_split = linear, linear_split
         self.weights = weights
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
@@ -66,10 +95,15 @@ class Decoder:
         """Return hidden states [T, E] after the final norm, for `ids` [T] at `positions` [T].
 
         `positions` are document token indices; they need be neither contiguous nor ordered.
+        Collective where the model is sharded, as is every method below.
         """
-        x, turns = self._embed(ids), self._turns(positions)
+        return run_steps(self.forward_steps(ids, positions, attend))
+
+    def forward_steps(self, ids: Tensor, positions: Tensor, attend: Attend) -> Steps[Tensor]:
+        """`forward`, giving way wherever it waits for other ranks."""
+        x, turns = (yield from self._embed(ids)), self._turns(positions)
         for layer_idx, layer in enumerate(self.weights.layers):
-            x = self._layer(x, layer_idx, layer, turns[layer_idx], attend)
+            x = yield from self._layer(x, layer_idx, layer, turns[layer_idx], attend, exact=True)
         return rms_norm(x, self.weights.final_norm, self.cfg.norm_eps)
 
     def fill(self, ids: Tensor, positions: Tensor, attend: Attend, store: Store) -> None:
@@ -77,10 +111,16 @@ class Decoder:
 
         The last layer calls `store` instead of `attend`: its attention and MLP feed nothing.
         """
-        x, turns = self._embed(ids), self._turns(positions)
+        run_steps(self.fill_steps(ids, positions, attend, store))
+
+    def fill_steps(
+        self, ids: Tensor, positions: Tensor, attend: Attend, store: Store
+    ) -> Steps[None]:
+        """`fill`, giving way wherever it waits for other ranks."""
+        x, turns = (yield from self._embed(ids)), self._turns(positions)
         *before, last = enumerate(self.weights.layers)
         for layer_idx, layer in before:
-            x = self._layer(x, layer_idx, layer, turns[layer_idx], attend)
+            x = yield from self._layer(x, layer_idx, layer, turns[layer_idx], attend, exact=False)
         layer_idx, layer = last
         normed = rms_norm(x, layer.attn_norm, self.cfg.norm_eps)
         _, k, v = self._qkv(normed, layer, turns[layer_idx])
@@ -88,12 +128,22 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [T, V] float32 for `hidden` [T, E]; pass only the rows that are needed."""
-        logits = self._linear(hidden, self.weights.lm_head, None).float()
+        vocab = self.shard.vocab
+        own = self._product(hidden, self.weights.lm_head, None, vocab.pieces).float()
+        logits = run_steps(self._gather(own, vocab))
         cap = self.cfg.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        x = functional.embedding(ids, self.weights.embedding)
+    def _embed(self, ids: Tensor) -> Steps[Tensor]:
+        vocab = self.shard.vocab
+        if vocab.size == 1:
+            x = functional.embedding(ids, self.weights.embedding)
+        else:
+            own = ids - vocab.own.start
+            is_other = (own < 0) | (own >= vocab.width)
+            rows = functional.embedding(own.masked_fill(is_other, 0), self.weights.embedding)
+            x = rows.masked_fill_(is_other.unsqueeze(1), 0.0)
+            yield self._group.start_all_reduce_(x)  # every row is one rank's, and zero elsewhere
         return x if self.cfg.embedding_scale == 1.0 else x * self._embedding_scale
 
     def _turns(self, positions: Tensor) -> list[Rotation]:
@@ -106,23 +156,65 @@ class Decoder:
         return [turns[cfg.rope if w is None else cfg.rope_sliding] for w in cfg.windows]
 
     def _layer(
-        self, x: Tensor, layer_idx: int, layer: LayerWeights, turn: Rotation, attend: Attend
-    ) -> Tensor:
-        eps = self.cfg.norm_eps
+        self,
+        x: Tensor,
+        layer_idx: int,
+        layer: LayerWeights,
+        turn: Rotation,
+        attend: Attend,
+        *,
+        exact: bool,
+    ) -> Steps[Tensor]:
+        """One layer; exact: with bits that do not depend on the number of ranks."""
+        cfg, shard, eps = self.cfg, self.shard, self.cfg.norm_eps
+
+        def columns(pieces: Sequence[int]) -> Linear:
+            return partial(self._product, pieces=pieces) if exact else self._linear
+
         q, k, v = self._qkv(rms_norm(x, layer.attn_norm, eps), layer, turn)
-        out = attend(layer_idx, q, k, v).to(self.dtype).reshape(x.shape[0], -1)
-        x = residual(x, self._linear(out, layer.o, layer.o_bias), layer.post_attn_norm, eps)
-        branch = mlp(rms_norm(x, layer.mlp_norm, eps), layer, self.cfg.activation, self._linear)
+        attended = attend(layer_idx, q, k, v)
+        out = attended if isinstance(attended, Tensor) else (yield from attended)
+        heads = out.to(self.dtype).reshape(x.shape[0], -1)
+        own = columns(shard.model.pieces)(heads, layer.o, layer.o_bias)
+        branch = yield from self._gather(own, shard.model)
+        x = residual(x, branch, layer.post_attn_norm, eps)
+        both = (*shard.mlp.pieces, *(shard.mlp.width + edge for edge in shard.mlp.pieces[1:]))
+        normed = rms_norm(x, layer.mlp_norm, eps)
+        is_split = exact and self._linear_split is not None
+        own = gated(normed, layer, cfg.activation, columns(both), exact=is_split)
+        inner = yield from self._gather(own, shard.mlp)
+        own = columns(shard.model.pieces)(inner, layer.down, layer.down_bias)
+        branch = yield from self._gather(own, shard.model)
         return residual(x, branch, layer.post_mlp_norm, eps)
 
     def _qkv(self, x: Tensor, layer: LayerWeights, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Project, norm and rotate; queries and keys go through as the heads of one tensor."""
-        cfg = self.cfg
-        num_rotated = cfg.num_heads + cfg.num_kv_heads
+        cfg, num_heads, num_kv_heads = self.cfg, len(self.shard.heads), len(self.shard.kv_heads)
+        num_rotated = num_heads + num_kv_heads
         heads = self._linear(x, layer.qkv, layer.qkv_bias)
-        heads = heads.view(-1, num_rotated + cfg.num_kv_heads, cfg.head_dim)
+        heads = heads.view(-1, num_rotated + num_kv_heads, cfg.head_dim)
         qk = heads[:, :num_rotated]
         if layer.qk_norm is not None:
             qk = rms_norm(qk, layer.qk_norm, cfg.norm_eps)
         qk = rotate(qk, turn)
-        return qk[:, : cfg.num_heads], qk[:, cfg.num_heads :], heads[:, num_rotated:]
+        return qk[:, :num_heads], qk[:, num_heads:], heads[:, num_rotated:]
+
+    def _product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, pieces: Sequence[int]
+    ) -> Tensor:
+        """Own columns of a product, piece by piece where bits must not depend on the mesh."""
+        if self._linear_split is None:
+            return self._linear(x, weight, bias)
+        return self._linear_split(x, weight, bias, pieces)
+
+    def _gather(self, own: Tensor, columns: Columns) -> Steps[Tensor]:
+        """All columns [T, N] on every rank, from each rank's own [T, n]."""
+        if columns.size == 1:
+            return own
+        widest = max(columns.widths)
+        padded = functional.pad(own, (0, widest - columns.width)).contiguous()
+        gathered = yield self._group.start_all_gather(padded)
+        if min(columns.widths) == widest:
+            return gathered.transpose(0, 1).reshape(own.shape[0], columns.total)
+        cut = (rows[:, :width] for rows, width in zip(gathered, columns.widths, strict=True))
+        return torch.cat(list(cut), dim=1)

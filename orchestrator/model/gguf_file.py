@@ -46,8 +46,10 @@ class GgufFile:
         """Shape of a tensor in the order of torch: the file lists the fastest dimension first."""
         return tuple(int(n) for n in reversed(self.tensors[tensor_name].shape))
 
-    def read(self, tensor_name: str) -> Iterator[tuple[int, Tensor]]:
+    def read(self, tensor_name: str, rows: slice | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, float32 rows) of a tensor, dequantised some 64 MiB at a time.
+
+        rows: those that are wanted, None for all; the first row counts from the first of them.
 
         Raises ModelUnsupported for a quantisation that the `gguf` package cannot undo.
         """
@@ -55,8 +57,10 @@ class GgufFile:
         data: NDArray[Any] = np.atleast_1d(tensor.data)
         row_bytes = 4 * (int(tensor.shape[0]) if data.ndim > 1 else 1)
         step = max(1, _PIECE_BYTES // row_bytes)
+        if rows is not None:
+            data = data[rows]
         if data.ndim == 1:
-            step = len(data)
+            step = max(1, len(data))
         for start in range(0, len(data), step):
             try:
                 piece = dequantize(data[start : start + step], tensor.tensor_type)

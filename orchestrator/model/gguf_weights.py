@@ -7,13 +7,13 @@ formats: the `gguf` package undoes them (`gguf_file.py`).
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.gguf_config import config_from_gguf
 from orchestrator.model.gguf_file import GgufFile
 from orchestrator.model.layers import ModelWeights
-from orchestrator.model.weights import Names, WeightSink
+from orchestrator.model.shard import ModelShard
+from orchestrator.model.weights import Names, Slot, WeightSink
 
 _ROPE_DIVISORS = "rope_freqs.weight"
 _NAMES: Names = {
@@ -46,34 +46,40 @@ def read_gguf_config(file: GgufFile) -> ModelConfig:
 
 
 def load_gguf_weights(
-    file: GgufFile, cfg: ModelConfig, *, dtype: torch.dtype, device: torch.device
+    file: GgufFile,
+    cfg: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: ModelShard | None = None,
 ) -> ModelWeights:
-    """Return the weights of `file`, dequantised to `dtype` on `device`.
+    """Return the weights of `file`, or a shard of them, dequantised to `dtype` on `device`.
 
     Norms need no "+ 1": GGUF stores Gemma's with it.
     """
-    sink = WeightSink(cfg, _NAMES, dtype=dtype, device=device, source=file.name)
+    sink = WeightSink(cfg, _NAMES, dtype=dtype, device=device, source=file.name, shard=shard)
     interleaved = file.metadata.get("general.architecture") == "llama"
     for name in file.tensors:
         if name == _ROPE_DIVISORS:
             continue
         slot = sink.take(name, file.shape(name))
         if interleaved and slot.part in ("q", "k"):
-            _copy_interleaved(file, name, slot.target, cfg.head_dim)
+            _copy_interleaved(file, name, slot, cfg.head_dim)
             continue
-        for start, rows in file.read(name):
-            if slot.target.shape == slot.shape:
+        for start, rows in file.read(name, slot.rows):
+            if slot.target.dim() == len(slot.shape):
                 slot.target[start : start + len(rows)].copy_(rows)
             else:
                 slot.target.copy_(rows)
     return sink.finish()
 
 
-def _copy_interleaved(file: GgufFile, name: str, target: Tensor, head_dim: int) -> None:
+def _copy_interleaved(file: GgufFile, name: str, slot: Slot, head_dim: int) -> None:
     """Undo the row order of llama files, where dimension pairs are neighbours (2i, 2i + 1).
 
     The decoder pairs dimension i with i + D/2, as the original checkpoints do.
     """
+    target = slot.target
     order = torch.arange(target.shape[0]).view(-1, 2, head_dim // 2).transpose(1, 2).reshape(-1)
-    for start, rows in file.read(name):
+    for start, rows in file.read(name, slot.rows):
         target[order[start : start + len(rows)].to(target.device)] = rows.to(target)

@@ -17,6 +17,7 @@ from orchestrator.errors import ModelDamaged, ModelNotFound, ModelUnsupported
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.hf_config import config_from_hf
 from orchestrator.model.layers import ModelWeights
+from orchestrator.model.shard import ModelShard, whole_model
 from orchestrator.model.weights import Names, WeightSink
 
 _LAYER = "model.layers.{}."
@@ -90,15 +91,21 @@ def find_weight_files(directory: Path) -> list[Path]:
 
 
 def load_hf_weights(
-    directory: Path, cfg: ModelConfig, *, dtype: torch.dtype, device: torch.device
+    directory: Path,
+    cfg: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: ModelShard | None = None,
 ) -> ModelWeights:
-    """Return the weights in `directory`, converted to `dtype` on `device`."""
+    """Return the weights in `directory`, or a shard of them, converted to `dtype` on `device`."""
     names = _GEMMA_NAMES if cfg.gemma_norms else _NAMES
-    sink = WeightSink(cfg, names, dtype=dtype, device=device, source=directory.name)
+    source = directory.name
+    sink = WeightSink(cfg, names, dtype=dtype, device=device, source=source, shard=shard)
     tied_copies: list[Path] = []
     for path in find_weight_files(directory):
         try:
-            if _load_shard(path, sink, cfg):
+            if _load_file(path, sink, cfg):
                 tied_copies.append(path)
         except (SafetensorError, OSError) as error:
             raise ModelDamaged(
@@ -107,22 +114,25 @@ def load_hf_weights(
             ) from error
     weights = sink.finish()
     for path in tied_copies:
-        _check_tied_copy(path, weights, cfg)
+        _check_tied_copy(path, weights, shard or whole_model(cfg))
     return weights
 
 
-def _load_shard(path: Path, sink: WeightSink, cfg: ModelConfig) -> bool:
-    """Copy every tensor of one file; return whether it holds a copy of tied embeddings."""
+def _load_file(path: Path, sink: WeightSink, cfg: ModelConfig) -> bool:
+    """Copy what is held of every tensor of one file; return whether it holds a copy of tied
+    embeddings.
+    """
     has_copy = False
-    with safe_open(path, framework="pt") as shard:
-        for name in shard.keys():  # noqa: SIM118  (safe_open is no mapping)
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
             if name.endswith(_IGNORED):
                 continue
             if name == "lm_head.weight" and cfg.tie_embeddings:
                 has_copy = True
                 continue
-            tensor = shard.get_tensor(name)
-            slot = sink.take(name, tuple(tensor.shape))
+            stored = file.get_slice(name)
+            slot = sink.take(name, tuple(stored.get_shape()))
+            tensor = stored[slot.rows]
             if not tensor.is_floating_point() or tensor.element_size() < 2:
                 raise ModelUnsupported(
                     f"tensor {name} of {cfg.name} is {tensor.dtype}; supported: float32, float16, "
@@ -134,12 +144,12 @@ def _load_shard(path: Path, sink: WeightSink, cfg: ModelConfig) -> bool:
     return has_copy
 
 
-def _check_tied_copy(path: Path, weights: ModelWeights, cfg: ModelConfig) -> None:
+def _check_tied_copy(path: Path, weights: ModelWeights, shard: ModelShard) -> None:
     """A tied model may carry its embedding a second time; it must be the same matrix."""
-    with safe_open(path, framework="pt") as shard:
-        head = shard.get_tensor("lm_head.weight").to(weights.embedding)
+    with safe_open(path, framework="pt") as file:
+        head = file.get_slice("lm_head.weight")[shard.vocab.own].to(weights.embedding)
     if not torch.equal(head, weights.embedding):
         raise ModelUnsupported(
-            f"lm_head.weight of {cfg.name} differs from its embedding; with tie_word_embeddings "
-            "both must be one matrix; set tie_word_embeddings to false in config.json"
+            f"lm_head.weight of {path.parent.name} differs from its embedding; with "
+            "tie_word_embeddings both must be one matrix; set it to false in config.json"
         )

@@ -7,7 +7,8 @@ Refuses to know files, KV and positions; `decoder.py` strings the parts together
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +17,19 @@ from torch.nn import functional
 
 from orchestrator.model.config import Activation
 
+_GELU_SLOPE = 2.0 * (2.0 / math.pi) ** 0.5
+
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """`linear(x [T, K], weight [N, K], bias [N] or None) -> [T, N]` in x's dtype."""
+
+LinearSplit = Callable[[Tensor, Tensor, Tensor | None, Sequence[int]], Tensor]
+"""`linear` in pieces of columns: bits between two bounds depend on no other column."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One layer. `qkv` stacks query, key and value rows, `gate_up` gate and up rows.
+    """One layer, or a rank's rows of one (`shard.py`): H, G, F and E of a matrix's rows are then
+    those that the rank holds. `qkv` stacks query, key and value rows, `gate_up` gate and up rows.
 
     `qk_norm` repeats the query norm for H rows and the key norm for G rows, so that queries and
     keys are normed together. Post norms are Gemma's.
@@ -60,13 +67,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * inverse).mul_(weight).to(x.dtype)
 
 
-def mlp(x: Tensor, layer: LayerWeights, activation: Activation, linear: Linear) -> Tensor:
-    """Return down(act(gate) * up), [T, E] to [T, E]."""
+def gated(
+    x: Tensor, layer: LayerWeights, activation: Activation, linear: Linear, *, exact: bool = False
+) -> Tensor:
+    """Return act(gate) * up, [T, E] to [T, F]; `linear` multiplies both at once.
+
+    exact: with bits of each element that do not depend on its place. torch's fused activations
+    compute the last few of a row in another way than the others.
+    """
     gate, up = linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
+    if exact:
+        # silu(x) = x / (1 + exp(-x)); gelu by tanh(u) is x / (1 + exp(-2 u)).
+        wide = gate.float()
+        slope = wide if activation == "silu" else _GELU_SLOPE * (wide + 0.044715 * wide.pow(3))
+        return (wide / torch.exp(-slope).add_(1.0)).to(x.dtype).mul_(up)
     act = (
         functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
     )
-    return linear(act.mul_(up), layer.down, layer.down_bias)
+    return act.mul_(up)
 
 
 def residual(x: Tensor, branch: Tensor, post_norm: Tensor | None, eps: float) -> Tensor:

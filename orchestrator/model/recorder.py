@@ -1,13 +1,14 @@
 """What a question's attention saw: evidence mass, recall, audit, bytes. Adds up; decides nothing.
 
 Owns the accumulators of one question. Masses stay on the device until the answer is complete; each
-method is called once per full-attention layer and tile.
+`add` is called once per full-attention layer and tile, on every rank in the same order.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kv_store import ResidentDocument
+from orchestrator.place import Place
 from orchestrator.recall import estimate_mean
 from orchestrator.types import Audit, Bound, Recall
-from sparse_attn.step import Step
+from sparse_attn.step import UnitsRead
 
 # A bound above this share of a query's attention says nothing about what was missed.
 VACUOUS_SHARE = 0.99
@@ -25,53 +27,68 @@ VACUOUS_SHARE = 0.99
 _ROUNDING = 1e-5
 
 
-class Recorder:
-    """Accumulates over one question.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Merged:
+    """What all ranks saw: keys [n] of each query of each call, mean over KV heads."""
 
-    resident: gives shapes only; recall_period: one query in so many of a layer is sampled.
+    token_mass: NDArray[np.float64]
+    keys: Tensor
+    bytes_read: int
+    num_violations: int
+
+
+class Recorder:
+    """Accumulates over one question, on one rank; `merge` brings the ranks' together.
+
+    resident: gives shapes only; place: whom it merges with; recall_period: one query in so many of
+    a layer is sampled.
     """
 
-    def __init__(self, resident: ResidentDocument, *, recall_period: int) -> None:
-        self._resident, self._recall_period = resident, recall_period
-        self._mass = [torch.zeros(k.shape[:2], device=k.device) for k in resident.k]
+    def __init__(self, resident: ResidentDocument, place: Place, *, recall_period: int) -> None:
+        self._resident, self._place, self._recall_period = resident, place, recall_period
+        self._mass = [torch.zeros(k.shape[0], device=k.device) for k in resident.k]
         self._recalls: list[list[Tensor]] = [[] for _ in resident.k]
         self._pairs: list[tuple[int, int]] = []
         self._num_queries = 0
         self._bounds: list[Tensor] = []
         self._audits: list[list[Tensor]] = [[] for _ in resident.k]
         self._num_violations = 0
+        # Per call: keys of each query here, summed over KV heads [T], and those all ranks read.
         self._keys: list[tuple[Tensor, float]] = []
-        self._rows: list[tuple[Tensor, int]] = []
+        self._num_rows: list[tuple[Tensor, int]] = []
         self._lookup_bytes = 0
+        self._merged: _Merged | None = None
 
     def mass(self, full_layer: int) -> Tensor:
-        """Where the attention mass of answer queries over each slot is added up: [G, N] float32."""
+        """Where the attention mass of answer queries over each slot is added up: [N] float32."""
         return self._mass[full_layer]
 
     def add_exact(self, num_queries: int, num_keys: int) -> None:
-        """Every key was read by `num_queries` queries at once."""
-        self._keys.append((torch.zeros(1, num_queries), float(num_keys)))
-        self._rows.append((torch.zeros(1), 2 * self._resident.num_kv_heads * num_keys))
+        """Every key was read by `num_queries` queries at once, by one rank or another."""
+        self._keys.append((torch.zeros(num_queries), float(num_keys)))
+        self._num_rows.append((torch.zeros(1), 2 * self._num_shared_heads() * num_keys))
 
     def add_read(
         self,
         full_layer: int,
-        num_queries: int,
         num_steady: int,
-        step: Step,
+        read: UnitsRead,
         *,
+        lookup_bytes: int,
         num_sampled: int,
     ) -> None:
-        """What one tile read: steady and retrieved keys, sampled keys (no values), the look-up.
+        """What one tile read here: retrieved keys, sampled keys (no values), the look-up; and the
+        steady keys, which every rank of a head group reads and which count once.
 
         num_sampled: keys read for the recall sample, over all queries and KV heads.
         """
+        num_queries = read.num_attended.shape[1]
         self._num_queries += num_queries if full_layer == 0 else 0
-        num_kv_heads = self._resident.num_kv_heads
-        sampled = num_sampled / (num_kv_heads * num_queries)
-        self._keys.append((step.num_attended, num_steady + sampled))
-        self._rows.append((step.num_read, 2 * num_kv_heads * num_steady + num_sampled))
-        self._lookup_bytes += step.lookup_bytes
+        attended = read.num_attended.double().sum(dim=0) + num_sampled / num_queries
+        self._keys.append((attended, float(num_steady)))
+        steady_rows = 2 * self._num_shared_heads() * num_steady
+        self._num_rows.append((read.num_read, steady_rows + num_sampled))
+        self._lookup_bytes += lookup_bytes
 
     def add_recall(
         self, full_layer: int, queries: Sequence[int], recall: Tensor, bound: Tensor
@@ -79,33 +96,71 @@ class Recorder:
         """Sampled recall [n, H] of queries, and the bound on their missed share [n, H]."""
         self._recalls[full_layer].append(recall)
         self._pairs.extend((full_layer, query) for query in queries)
-        self._bounds.append(bound.flatten())
+        self._bounds.append(bound)
 
     def add_audit(self, full_layer: int, recall: Tensor, bound: Tensor) -> None:
         """True recall [T, H] of every query, and the bound that must hold for it."""
         self._audits[full_layer].append(recall)
         self._num_violations += int((1.0 - recall > bound + _ROUNDING).sum())
 
+    def bytes_read_here(self) -> int:
+        """Bytes of KV and look-up tables that this rank's attention read so far; not collective."""
+        num_rows = sum(2 * int(read.sum()) + others for read, others in self._num_rows)
+        return num_rows * self._row_bytes() + self._lookup_bytes
+
+    def merge(self) -> None:
+        """Bring the ranks' accounts together; every rank calls it once, after the last forward."""
+        place, num_tokens = self._place, self._resident.num_tokens
+        mass = torch.zeros(num_tokens, dtype=torch.float64)
+        for own, positions in zip(self._mass, self._resident.positions, strict=True):
+            mass.index_add_(0, positions.long().cpu(), own.double().cpu())
+        keys = torch.cat([own.double().cpu() for own, _ in self._keys] or [torch.zeros(0).double()])
+        counts = torch.tensor([self.bytes_read_here(), self._num_violations], dtype=torch.int64)
+        for tensor in (mass, keys, counts):
+            place.flat.control.all_reduce_(tensor)
+        shared = [torch.full(own.shape, more) for own, more in self._keys]
+        everywhere = torch.cat(shared) if shared else torch.zeros(0)
+        self._merged = _Merged(
+            token_mass=mass.numpy(),
+            keys=keys / place.num_kv_heads + everywhere.double(),
+            bytes_read=int(counts[0]),
+            # Ranks of one head group found the same violations.
+            num_violations=int(counts[1]) // place.context.size,
+        )
+        for rows in (*self._recalls, self._bounds, *self._audits):
+            rows[:] = [self._of_all_heads(own) for own in rows]
+
+    def _of_all_heads(self, own: Tensor) -> Tensor:
+        """[n, all heads] from each head group's [n, H]."""
+        heads = self._place.heads
+        if heads.size == 1:
+            return own.cpu()
+        gathered = heads.control.all_gather(own.cpu().contiguous())
+        return gathered.transpose(0, 1).reshape(own.shape[0], -1)
+
+    def _num_shared_heads(self) -> int:
+        """KV heads whose steady keys this rank counts: its head group's, on the first rank."""
+        return self._resident.num_kv_heads if self._place.context.rank == 0 else 0
+
+    @property
+    def _all(self) -> _Merged:
+        assert self._merged is not None, "merge() comes first"
+        return self._merged
+
     def token_mass(self) -> NDArray[np.float64]:
         """Attention mass of each document token, [N], summed over answer queries, layers and
         heads.
         """
-        total = torch.zeros(self._resident.num_tokens, dtype=torch.float64)
-        for mass, positions in zip(self._mass, self._resident.positions, strict=True):
-            total.index_add_(0, positions.flatten().long().cpu(), mass.flatten().double().cpu())
-        return total.numpy()
+        return self._all.token_mass
 
     def attended_keys(self) -> tuple[float, int]:
         """Mean and greatest number of keys read per KV head, over queries and full layers."""
-        if not self._keys:
-            return 0.0, 0
-        counts = torch.cat([keys.double().mean(dim=0).cpu() + more for keys, more in self._keys])
-        return float(counts.mean()), math.ceil(float(counts.max()))
+        keys = self._all.keys
+        return (float(keys.mean()), math.ceil(float(keys.max()))) if len(keys) else (0.0, 0)
 
     def bytes_read(self) -> int:
         """Bytes of KV and look-up tables that attention read in the full-attention layers."""
-        num_rows = sum(2 * int(read.sum()) + others for read, others in self._rows)
-        return num_rows * self._row_bytes() + self._lookup_bytes
+        return self._all.bytes_read
 
     def recall(self) -> Recall:
         """The report; `exact`, and a model without full-attention layers, recall everything."""
@@ -137,7 +192,7 @@ class Recorder:
         )
 
     def _bound(self) -> Bound:
-        missed = torch.cat(self._bounds).double().cpu()
+        missed = torch.cat([bound.flatten() for bound in self._bounds]).double().cpu()
         ranks = torch.quantile(missed, torch.tensor([0.5, 0.99], dtype=torch.float64))
         return Bound(
             p50=float(ranks[0]),
@@ -154,9 +209,9 @@ class Recorder:
             mass_mean=float(heads.mean()),
             mass_p10=float(torch.quantile(heads, 0.1)),
             miss_max=1.0 - min(float(rows.min()) for rows in of_layers),
-            bound_violations=self._num_violations,
+            bound_violations=self._all.num_violations,
         )
 
     def _row_bytes(self) -> int:
         k = self._resident.k[0]
-        return int(k.shape[2] * k.element_size())
+        return int(k.shape[1] * k.element_size())

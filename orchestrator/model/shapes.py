@@ -14,6 +14,7 @@ from orchestrator.errors import ModelNotFound
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.hf_config import config_from_hf
 from orchestrator.model.layers import ModelWeights
+from orchestrator.model.shard import ModelShard
 from orchestrator.model.weights import Names, WeightSink
 
 PREFIX = "shape:"
@@ -109,14 +110,21 @@ def shape_config(name: str) -> ModelConfig:
 
 
 def random_weights(
-    cfg: ModelConfig, *, dtype: torch.dtype, device: torch.device, seed: int = 0
+    cfg: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    shard: ModelShard | None = None,
 ) -> ModelWeights:
-    """Return seeded random weights; the same on every run of one device type.
+    """Return seeded random weights, or a shard of them; the same on every run of one device type.
+
+    A shard's numbers are those of the whole: each matrix is drawn whole, one at a time.
 
     Matrices have variance 1 / columns, so every product keeps its input's scale; those that end a
     residual branch are smaller by sqrt(2 L), so the stream keeps its scale too.
     """
-    sink = WeightSink(cfg, _NAMES, dtype=dtype, device=device, source=cfg.name)
+    sink = WeightSink(cfg, _NAMES, dtype=dtype, device=device, source=cfg.name, shard=shard)
     generator = torch.Generator(device).manual_seed(seed)
     branch_scale = (2 * cfg.num_layers) ** -0.5
     for name in list(sink.waiting):
@@ -125,10 +133,11 @@ def random_weights(
             slot.target.fill_(1.0)
         elif name.endswith(".bias"):
             slot.target.zero_()
-        elif slot.part == "embedding":
-            slot.target.normal_(generator=generator)
         else:
-            std = slot.target.shape[-1] ** -0.5
+            std = 1.0 if slot.part == "embedding" else slot.target.shape[-1] ** -0.5
             std *= branch_scale if slot.part in ("o", "down") else 1.0
-            slot.target.normal_(std=std, generator=generator)
+            whole = slot.target if slot.is_whole else slot.target.new_empty(slot.shape)
+            whole.normal_(std=std, generator=generator)
+            if whole is not slot.target:
+                slot.target.copy_(whole[slot.rows])
     return sink.finish()

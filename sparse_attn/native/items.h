@@ -90,14 +90,15 @@ INLINE float ITEM(load_one)(const void *x, int type, int64_t at) {
     return bits_to_float((uint32_t)((const uint16_t *)x)[at] << 16);
 }
 
+/* Every row is added up in the same order, wherever it stands: in lanes, then what is left over. */
 INLINE void ITEM(multiply_rows)(const void *w, int type, int64_t K, int64_t first, int64_t last,
                                 const float *x, float *out) {
     enum { AHEAD = 8 }; /* rows; matrices are cold, and rows too short to be seen coming */
-    int64_t row = first;
+    int64_t row = first, whole = K - K % LANES;
     for (; row + 4 <= last; row += 4) {
         Vec sums[4] = {{0}, {0}, {0}, {0}};
-        int64_t at = row * K, k = 0;
-        for (; k + LANES <= K; k += LANES) {
+        int64_t at = row * K;
+        for (int64_t k = 0; k < whole; k += LANES) {
             Vec own = *(const Vec *)(x + k);
             for (int i = 0; i < 4; i++)
                 prefetch_number(w, type, at + (AHEAD + i) * K + k);
@@ -106,17 +107,18 @@ INLINE void ITEM(multiply_rows)(const void *w, int type, int64_t K, int64_t firs
             sums[2] += own * LOAD(w, type, at + 2 * K + k);
             sums[3] += own * LOAD(w, type, at + 3 * K + k);
         }
-        Quarter total = add_lanes_of_four(sums[0], sums[1], sums[2], sums[3]);
-        for (int i = 0; i < 4; i++) {
-            float rest = 0.0f;
-            for (int64_t j = k; j < K; j++) rest += x[j] * ITEM(load_one)(w, type, at + i * K + j);
-            out[row + i] = total[i] + rest;
-        }
+        *(FourFloats *)(out + row) = add_lanes_of_four(sums[0], sums[1], sums[2], sums[3]);
     }
     for (; row < last; row++) {
-        float sum = 0.0f;
-        for (int64_t k = 0; k < K; k++) sum += x[k] * ITEM(load_one)(w, type, row * K + k);
-        out[row] = sum;
+        Vec sums = {0};
+        for (int64_t k = 0; k < whole; k += LANES)
+            sums += *(const Vec *)(x + k) * LOAD(w, type, row * K + k);
+        out[row] = add_lanes(sums);
+    }
+    for (row = first; whole < K && row < last; row++) {
+        float rest = 0.0f;
+        for (int64_t k = whole; k < K; k++) rest += x[k] * ITEM(load_one)(w, type, row * K + k);
+        out[row] += rest;
     }
 }
 
@@ -143,6 +145,14 @@ INLINE float ITEM(greatest)(const float *x, int64_t n) {
     return max;
 }
 
+/* The last n < LANES numbers of a row, zeros after them: what is computed of a number does not depend
+ * on where it stands. */
+INLINE Vec ITEM(load_some)(const float *x, int64_t n) {
+    float room[LANES] = {0};
+    memcpy(room, x, (size_t)n * sizeof(float));
+    return *(const Vec *)room;
+}
+
 /* out [n] = exp(x - base), and their sum; out may be x, or null. */
 INLINE float ITEM(exps)(const float *x, float base, int64_t n, float *out) {
     Vec sums = {0};
@@ -153,10 +163,10 @@ INLINE float ITEM(exps)(const float *x, float base, int64_t n, float *out) {
         sums += own;
     }
     float sum = add_lanes(sums);
-    for (; i < n; i++) {
-        float own = fast_exp(x[i] - base);
-        if (out) out[i] = own;
-        sum += own;
+    if (i < n) {
+        Vec own = fast_exps(ITEM(load_some)(x + i, n - i) - base);
+        if (out) memcpy(out + i, &own, (size_t)(n - i) * sizeof(float));
+        for (int64_t lane = 0; lane < n - i; lane++) sum += own[lane];
     }
     return sum;
 }
@@ -208,10 +218,28 @@ INLINE void ITEM(attend_run)(const Keys *x, int64_t g, int64_t first, int64_t n,
     }
 }
 
-static void ITEM(body)(const Keys *x, int64_t g, int64_t first, int64_t n, const float *q, Sums *sums,
-                       float *scores, int64_t stride) {
-    for (int p = 0; p < x->P; p++) clear(&sums[p], x->D);
-    BY_HEAD_DIM(x->D, ITEM(attend_run)(x, g, first, n, q, sums, scores, stride, DIM));
+/* T tokens over the runs `first` to `last` of one fold; sums [T, P]. The last token's scores go to
+ * `kept` where there is one; room: [P, SLOTS_PER_ITEM]. */
+INLINE void ITEM(attend_fold)(const RunsCall *call, int64_t g, int64_t first, int64_t last, Sums *sums,
+                              float *room, int D) {
+    const Keys *x = call->keys;
+    int64_t H = (int64_t)x->G * x->P;
+    for (int64_t run = first; run < last; run++)
+        for (int64_t from = 0; from < call->count[run]; from += SLOTS_PER_ITEM) {
+            int64_t left = call->count[run] - from, n = left < SLOTS_PER_ITEM ? left : SLOTS_PER_ITEM;
+            for (int64_t t = 0; t < call->T; t++) {
+                int is_kept = call->kept && t == call->T - 1;
+                ITEM(attend_run)(x, g, call->first[run] + from, n, call->q + (t * H + g * x->P) * D,
+                                 sums + t * x->P,
+                                 is_kept ? call->kept + call->offsets[run] + from : room,
+                                 is_kept ? call->num_kept : SLOTS_PER_ITEM, D);
+            }
+        }
+}
+
+static void ITEM(fold)(const RunsCall *call, int64_t g, int64_t first, int64_t last, Sums *sums,
+                       float *room) {
+    BY_HEAD_DIM(call->keys->D, ITEM(attend_fold)(call, g, first, last, sums, room, DIM));
 }
 
 /* One token over the first n slots; writes out [P, D] and lse [P]. scores: [P, SLOTS_PER_ITEM]. */
@@ -226,22 +254,20 @@ static void ITEM(prefix)(const Keys *x, int64_t g, int64_t n, const float *q, fl
         int64_t count = n - first < SLOTS_PER_ITEM ? n - first : SLOTS_PER_ITEM;
         BY_HEAD_DIM(x->D, ITEM(attend_run)(x, g, first, count, q, sums, scores, SLOTS_PER_ITEM, DIM));
     }
-    for (int p = 0; p < x->P; p++) {
-        lse[p] = log_total(&sums[p]);
-        float scale = sums[p].sum == 0.0f ? 0.0f : 1.0f / sums[p].sum;
-        for (int d = 0; d < x->D; d++) sums[p].out[d] *= scale;
-    }
+    for (int p = 0; p < x->P; p++) lse[p] = finish(&sums[p], x->D);
 }
 
-/* evidence [n] += exp(score - lse) of every row; scores [P], `stride` apart. */
-static void ITEM(add_evidence)(float *evidence, const float *scores, int64_t stride, int P,
-                               const float *lse, int64_t n) {
-    for (int p = 0; p < P; p++) {
-        const float *own = scores + p * stride;
-        int64_t i = 0;
-        for (; i + LANES <= n; i += LANES)
-            *(Vec *)(evidence + i) += fast_exps(*(const Vec *)(own + i) - lse[p]);
-        for (; i < n; i++) evidence[i] += fast_exp(own[i] - lse[p]);
+/* mass [n] = exp(score - lse), added up over the rows of scores [P], `stride` apart. */
+static void ITEM(mass)(const float *scores, int64_t stride, int P, const float *lse, int64_t n,
+                       float *mass) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        Vec sums = {0};
+        int64_t left = n - i < LANES ? n - i : LANES;
+        for (int p = 0; p < P; p++) {
+            const float *own = scores + p * stride + i;
+            sums += fast_exps((left == LANES ? *(const Vec *)own : ITEM(load_some)(own, left)) - lse[p]);
+        }
+        memcpy(mass + i, &sums, (size_t)left * sizeof(float));
     }
 }
 
@@ -346,9 +372,9 @@ INLINE void ITEM(attend_taken)(const Keys *x, const Units *units, int64_t g, int
         }
 }
 
-/* The units that one token did not take; `room` holds the weights of one head: [last - first]. */
+/* The units that one token did not take, log_mass [P, U]; `room` holds the weights of one head: [last - first]. */
 INLINE void ITEM(attend_rest)(const Units *units, int64_t g, int64_t first, int64_t last,
-                              float *log_mass, Sums *rest, float *room, int P, int D) {
+                              const float *log_mass, Sums *rest, float *room, int P, int D) {
     float wide[KEYS_AT_ONCE * MAX_HEAD_DIM];
     const int64_t *sizes = units->sizes + g * units->U;
     for (int p = 0; p < P; p++) {
@@ -371,35 +397,56 @@ INLINE void ITEM(attend_rest)(const Units *units, int64_t g, int64_t first, int6
     }
 }
 
-INLINE void ITEM(attend_units)(const UnitsCall *call, int64_t g, int64_t first, int64_t last,
-                               Sums *read, Sums *rest, float *room, float *kept,
-                               int64_t kept_stride, int D) {
-    const Keys *x = call->keys;
+/* The units `first` to `last` of one fold for one token, an item of them after another: those taken,
+ * and what the others are estimated to hold. Returns how many keys were taken. */
+INLINE int64_t ITEM(attend_item)(const UnitsCall *call, int64_t g, int64_t first, int64_t last, int64_t t,
+                                 Sums *read, Sums *rest, float *room, float *kept, int D) {
     const Units *units = call->units;
-    int64_t T = call->T, U = units->U, P = x->P, H = x->G * P;
-    for (int64_t t = 0; t < T; t++, read += P, rest += P) {
-        const uint8_t *is_taken = call->taken + (g * T + t) * U;
-        int64_t row = t * H + g * P, num_keys = 0;
-        float *log_mass = call->log_mass + row * U;
-        for (int64_t u = first; u < last; u++) num_keys += is_taken[u] ? units->sizes[g * U + u] : 0;
-        for (int64_t p = 0; p < P; p++) {
-            clear(&read[p], D);
-            clear(&rest[p], D);
-            for (int64_t u = first; u < last; u++)
-                log_mass[p * U + u] = is_taken[u] ? -INFINITY : log_mass[p * U + u];
+    int64_t U = units->U, P = units->P, row = (t * units->G + g) * P, num_keys = 0;
+    const uint8_t *is_taken = call->taken + (g * call->T + t) * U;
+    float *log_mass = call->log_mass + row * U;
+    for (int64_t u = first; u < last; u++) num_keys += is_taken[u] ? units->sizes[g * U + u] : 0;
+    for (int64_t p = 0; p < P; p++)
+        for (int64_t u = first; u < last; u++)
+            log_mass[p * U + u] = is_taken[u] ? -INFINITY : log_mass[p * U + u];
+    if (num_keys)
+        ITEM(attend_taken)(call->keys, units, g, first, last, call->q + row * D, is_taken, num_keys, read,
+                           room, kept, call->num_kept, D);
+    if (call->is_estimating)
+        ITEM(attend_rest)(units, g, first, last, log_mass, rest, room, (int)P, D);
+    return num_keys;
+}
+
+/* One fold for the tokens `from` to `to`: units first, then the groups that the look-up did not open.
+ * read, rest: [to - from, P]. */
+INLINE void ITEM(attend_units)(const UnitsCall *call, int64_t g, int64_t fold, int64_t from, int64_t to,
+                               Sums *read, Sums *rest, float *room, int D) {
+    const int64_t *bounds = call->units->bounds + g * (NUM_FOLDS + 1) + fold;
+    float *kept = call->kept ? call->kept + call->offsets[g * NUM_FOLDS + fold] : NULL;
+    int64_t P = call->units->P;
+    for (int64_t u = bounds[0]; u < bounds[1]; u += UNITS_PER_ITEM) {
+        int64_t last = u + UNITS_PER_ITEM < bounds[1] ? u + UNITS_PER_ITEM : bounds[1];
+        for (int64_t t = from; t < to; t++) {
+            float *own = t == call->T - 1 ? kept : NULL;
+            int64_t num_keys = ITEM(attend_item)(call, g, u, last, t, read + (t - from) * P,
+                                                 rest + (t - from) * P, room, own, D);
+            if (own) kept += num_keys;
         }
-        if (num_keys)
-            ITEM(attend_taken)(x, units, g, first, last, call->q + row * D, is_taken, num_keys, read,
-                               room, t == T - 1 ? kept : NULL, kept_stride, D);
-        if (call->is_estimating)
-            ITEM(attend_rest)(units, g, first, last, log_mass, rest, room, (int)P, D);
+    }
+    if (!call->closed || !call->is_estimating) return;
+    bounds = call->closed->bounds + g * (NUM_FOLDS + 1) + fold;
+    for (int64_t u = bounds[0]; u < bounds[1]; u += UNITS_PER_ITEM) {
+        int64_t last = u + UNITS_PER_ITEM < bounds[1] ? u + UNITS_PER_ITEM : bounds[1];
+        for (int64_t t = from; t < to; t++)
+            ITEM(attend_rest)(call->closed, g, u, last,
+                              call->closed_log_mass + (t * call->units->G + g) * P * call->closed->U,
+                              rest + (t - from) * P, room, (int)P, D);
     }
 }
 
-static void ITEM(units)(const UnitsCall *call, int64_t g, int64_t first, int64_t last, Sums *read,
-                        Sums *rest, float *room, float *kept, int64_t kept_stride) {
-    BY_HEAD_DIM(call->keys->D, ITEM(attend_units)(call, g, first, last, read, rest, room, kept,
-                                                  kept_stride, DIM));
+static void ITEM(units)(const UnitsCall *call, int64_t g, int64_t fold, int64_t from, int64_t to,
+                        Sums *read, Sums *rest, float *room) {
+    BY_HEAD_DIM(call->keys->D, ITEM(attend_units)(call, g, fold, from, to, read, rest, room, DIM));
 }
 
 /* ---- a sample of what was missed ---------------------------------------------------------------- */
@@ -419,8 +466,8 @@ static void ITEM(reach)(const float *log_mass, const float *linear, const float 
 
 static const Items ITEM(items) = {
     .prefix = ITEM(prefix),
-    .body = ITEM(body),
-    .add_evidence = ITEM(add_evidence),
+    .fold = ITEM(fold),
+    .mass = ITEM(mass),
     .score = ITEM(score),
     .log_sum_exp = ITEM(log_sum_exp),
     .shares = ITEM(shares),

@@ -6,9 +6,12 @@
  * heads, P = H / G, D head dim, U units (clusters or groups), S slots. Query head h reads KV head h / P.
  * The caller folds the scale of scores into q.
  *
- * The bounds of items depend on shapes alone, and what they leave is merged in their order: the bits of
- * a result do not depend on the number of threads, nor on the tokens beside it unless the look-up has
- * two levels (where U is what some token of the tile opened). Threads are those of the OpenMP runtime
+ * Keys lie flat, and are divided into folds (`folds.py`). Within a fold one running softmax goes over
+ * the keys in their order, in items whose bounds are counted from the fold's own; the folds of a head
+ * meet in a fixed tree. So the bits of a result do not depend on the number of threads, nor on how many
+ * callers share the folds, nor on the tokens beside it unless the look-up has two levels (where the
+ * units are what some token of the tile opened). What is computed of one number, row or key does not
+ * depend on its place: remainders go through the same vectors. Threads are those of the OpenMP runtime
  * that torch has loaded; this file links none of its own.
  */
 
@@ -28,7 +31,7 @@
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum { MAX_HEAD_DIM = 512, MAX_GROUP = 64, KEYS_AT_ONCE = 32, SLOTS_PER_ITEM = 512, LANES = 16 };
-enum { UNITS_PER_ITEM = 256, MAX_ITEMS_PER_HEAD = 64, UNITS_PER_SCORE_ITEM = 64 };
+enum { UNITS_PER_ITEM = 256, UNITS_PER_SCORE_ITEM = 64, NUM_FOLDS = 8, TOKENS_AT_ONCE = 8 };
 
 /* ---- what the items compute with ---------------------------------------------------------------- */
 
@@ -48,10 +51,10 @@ typedef float FourFloats __attribute__((vector_size(16), aligned(4), may_alias))
                       __builtin_shufflevector(all_, all_, 8, 9, 10, 11, 12, 13, 14, 15);            \
         Quarter four_ = __builtin_shufflevector(eight_, eight_, 0, 1, 2, 3) +                       \
                         __builtin_shufflevector(eight_, eight_, 4, 5, 6, 7);                        \
-        (four_[0] + four_[1]) + (four_[2] + four_[3]);                                              \
+        (four_[0] + four_[2]) + (four_[1] + four_[3]);                                              \
     })
 
-/* Sums of the lanes of four vectors, as one vector. */
+/* Sums of the lanes of four vectors, as one vector; each in the order of `add_lanes`. */
 #define add_lanes_of_four(a, b, c, d)                                                               \
     ({                                                                                              \
         Vec a_ = (a), b_ = (b), c_ = (c), d_ = (d);                                                 \
@@ -92,18 +95,6 @@ INLINE float half_to_float(uint16_t x) {
     return bits_to_float(float_to_bits(magnitude) | (uint32_t)(x & 0x8000) << 16);
 }
 
-/* exp(x) to a few units in the last place; 1e-38 below -87, where float32 has nothing left. */
-INLINE float fast_exp(float x) {
-    x = x > 88.0f ? 88.0f : x;
-    x = x < -87.0f ? -87.0f : x;
-    float turns = x * 1.44269504f;
-    int32_t n = (int32_t)(turns + (turns < 0.0f ? -0.5f : 0.5f));
-    float r = x - (float)n * 0.693359375f + (float)n * 2.12194440e-4f; /* ln 2 in two pieces */
-    float series = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666667f + r * (0.0416666667f
-                 + r * (8.33333333e-3f + r * (1.38888889e-3f + r * 1.98412698e-4f))))));
-    return series * bits_to_float((uint32_t)(n + 127) << 23);
-}
-
 /* Sixteen numbers of a float32 or bfloat16 tensor. */
 #define LOAD(x, type, at)                                                                           \
     ((type) == FLOAT32                                                                              \
@@ -125,7 +116,8 @@ INLINE Vec either(Ints mask, Vec yes, Vec no) {
 
 INLINE Vec all_lanes(float x) { return (Vec){0} + x; }
 
-/* `fast_exp` of sixteen numbers. */
+/* exp(x) to a few units in the last place; 1e-38 below -87, where float32 has nothing left. The
+ * logarithm of 2 is taken off in two pieces. */
 INLINE Vec fast_exps(Vec x) {
     Vec half = all_lanes(0.5f), high = all_lanes(88.0f), low = all_lanes(-87.0f);
     x = either(x > high, high, x);
@@ -138,6 +130,8 @@ INLINE Vec fast_exps(Vec x) {
                + r * (8.33333333e-3f + r * (1.38888889e-3f + r * 1.98412698e-4f))))));
     return series * (Vec)((n + 127) << 23);
 }
+
+INLINE float fast_exp(float x) { return fast_exps(all_lanes(x))[0]; }
 
 /* log(exp(a) + exp(b)) where either may be -inf. */
 static float log_add(float a, float b) {
@@ -160,7 +154,39 @@ INLINE void clear(Sums *s, int64_t D) {
 /* NaN stays NaN: a fault in numbers must not look like keys that weigh nothing. */
 INLINE float log_total(const Sums *s) { return s->sum == 0.0f ? -INFINITY : s->max + logf(s->sum); }
 
-/* The part (out [D], lse) takes in sums over other keys. */
+/* Turns sums into the part that they are; returns its lse. */
+INLINE float finish(Sums *s, int64_t D) {
+    float lse = log_total(s), scale = s->sum == 0.0f ? 0.0f : 1.0f / s->sum;
+    for (int64_t d = 0; d < D; d++) s->out[d] *= scale;
+    return lse;
+}
+
+/* The part (out [D], lse) takes in the part (other, other_lse); an empty one changes no bit. Not inlined:
+ * every merge is the same instructions. */
+__attribute__((noinline)) static void merge_pair(float *out, float *lse, const float *other,
+                                                 float other_lse, int64_t D) {
+    if (other_lse == -INFINITY) return;
+    if (*lse == -INFINITY) {
+        if (D) memcpy(out, other, (size_t)D * sizeof(float));
+        *lse = other_lse;
+        return;
+    }
+    float total = log_add(*lse, other_lse), keep = expf(*lse - total), gain = expf(other_lse - total);
+    for (int64_t d = 0; d < D; d++) out[d] = out[d] * keep + other[d] * gain;
+    *lse = total;
+}
+
+/* Merges n parts, `stride` rows of D apart, into the first: i with i + half, then half of those. */
+static void merge_tree(float *outs, float *lses, int64_t n, int64_t stride, int64_t D) {
+    int64_t half = 1;
+    while (2 * half < n) half *= 2;
+    for (; half; half /= 2)
+        for (int64_t i = 0; i < half && i + half < n; i++)
+            merge_pair(outs + i * stride * D, lses + i * stride, outs + (i + half) * stride * D,
+                       lses[(i + half) * stride], D);
+}
+
+/* The part (out [D], lse) takes in sums over other keys of its fold. */
 static void merge_into(float *out, float *lse, const Sums *s, int64_t D) {
     float other = log_total(s);
     if (other == -INFINITY) return;
@@ -170,7 +196,7 @@ static void merge_into(float *out, float *lse, const Sums *s, int64_t D) {
     *lse = total;
 }
 
-/* Keys and values of one layer: [G, S, D], contiguous within a head. */
+/* Keys and values of one layer: [G, S, D], contiguous within a head, or flat [N, D] (stride 0). */
 typedef struct {
     const void *k, *v;
     int64_t head_stride; /* elements from one KV head to the next, the same for both */
@@ -181,6 +207,7 @@ typedef struct {
     const void *centroids, *variances, *value_sums; /* [G, C, D] of `type`, C columns of the store */
     const float *log_sizes, *critical;              /* [G, U] */
     const int64_t *starts, *sizes;                  /* [G, U] */
+    const int64_t *bounds;                          /* [G, NUM_FOLDS + 1], columns of each fold */
     const int64_t *columns;                         /* [G, U], column of each unit; null: its own */
     int64_t U, C;
     int32_t type, G, P, D;
@@ -194,15 +221,27 @@ INLINE int64_t column_of(const Units *x, int64_t g, int64_t u) {
 
 typedef struct {
     const Keys *keys;
-    const Units *units;
-    const float *q;       /* [T, H, D], scaled */
-    const uint8_t *taken; /* [G, T, U] */
-    float *log_mass;      /* [T, H, U]; what was taken becomes -inf */
-    float *out;           /* [T, H, D]: the steady part on entry, everything on return */
-    float *lse;           /* [T, H]: of the steady part on entry, of everything on return */
-    float *lse_read;      /* [T, H]: of the steady part and what was taken */
-    float *evidence;      /* [G, S] or null: the last query's mass of each slot is added */
-    int64_t T, S;
+    const int64_t *first, *count, *offsets; /* [n], of each run; offsets: its first key among all keys */
+    const int64_t *bounds;                  /* [G, NUM_FOLDS + 1], runs of each fold */
+    const float *q;                         /* [T, H, D], scaled */
+    float *out, *lse;                       /* [T, H, D], [T, H] */
+    float *kept;                            /* [P, num_kept] or null: the last token's scores */
+    int64_t T, num_kept;
+    int32_t threads;
+} RunsCall;
+
+typedef struct {
+    const Keys *keys;
+    const Units *units, *closed; /* closed: groups that the look-up did not open, or null */
+    const float *q;              /* [T, H, D], scaled */
+    const uint8_t *taken;        /* [G, T, U] */
+    float *log_mass;             /* [T, H, U]; what was taken becomes -inf */
+    const float *closed_log_mass;
+    float *out, *lse;       /* [T, H, D], [T, H]: of everything */
+    float *lse_read;        /* [T, H]: of what was taken */
+    const int64_t *offsets; /* [G, NUM_FOLDS]: where the kept scores of each fold begin */
+    float *kept;            /* [P, num_kept] or null: the last token's scores */
+    int64_t T, num_kept, most_keys;
     int32_t is_estimating, threads;
 } UnitsCall;
 
@@ -210,15 +249,14 @@ typedef struct {
 
 typedef struct {
     void (*prefix)(const Keys *, int64_t, int64_t, const float *, float *, float *, float *);
-    void (*body)(const Keys *, int64_t, int64_t, int64_t, const float *, Sums *, float *, int64_t);
-    void (*add_evidence)(float *, const float *, int64_t, int, const float *, int64_t);
+    void (*fold)(const RunsCall *, int64_t, int64_t, int64_t, Sums *, float *);
+    void (*mass)(const float *, int64_t, int, const float *, int64_t, float *);
     void (*score)(const Units *, int64_t, int64_t, int64_t, const float *, const float *, int64_t,
                   float *, float *);
     float (*log_sum_exp)(const float *, int64_t);
     void (*shares)(const float *, float, int64_t, float *);
     void (*add_benefit)(float *, const float *, const float *, int64_t);
-    void (*units)(const UnitsCall *, int64_t, int64_t, int64_t, Sums *, Sums *, float *, float *,
-                  int64_t);
+    void (*units)(const UnitsCall *, int64_t, int64_t, int64_t, int64_t, Sums *, Sums *, float *);
     void (*products)(const void *, int, int64_t, int64_t, int64_t, const float *, float *);
     float (*score_slot)(const Keys *, int64_t, int64_t, const float *);
     void (*reach)(const float *, const float *, const float *, float, int64_t, float *);
@@ -311,43 +349,131 @@ int longspan_attend_prefix(const Keys *x, const float *q, int64_t T, int64_t pas
     return is_out_of_memory ? -1 : 0;
 }
 
-/* Attention of q [H, D] over all S slots, merged into the part out [H, D], lse [H]; adds each slot's
- * share of the merged whole to evidence [G, S]. Returns 0, or -1 without memory. */
-int longspan_attend_body(const Keys *x, const float *q, int64_t S, float *out, float *lse,
-                         float *evidence, int threads) {
+/* Results of every fold, [NUM_FOLDS, T, H, D] and [NUM_FOLDS, T, H]; all empty. */
+typedef struct {
+    float *out, *lse;
+} Folds;
+
+static int make_folds(Folds *folds, int64_t rows, int64_t D) {
+    folds->out = malloc((size_t)(NUM_FOLDS * rows * (D + 1) + 1) * sizeof(float));
+    if (!folds->out) return 0;
+    folds->lse = folds->out + NUM_FOLDS * rows * D;
+    for (int64_t i = 0; i < NUM_FOLDS * rows; i++) folds->lse[i] = -INFINITY;
+    return 1;
+}
+
+/* The folds of one row, merged by the tree, to out [D] and lse. */
+static void meet(const Folds *folds, int64_t row, int64_t rows, int64_t D, float *out, float *lse) {
+    merge_tree(folds->out + row * D, folds->lse + row, NUM_FOLDS, rows, D);
+    *lse = folds->lse[row];
+    if (*lse == -INFINITY) memset(out, 0, (size_t)D * sizeof(float));
+    else memcpy(out, folds->out + row * D, (size_t)D * sizeof(float));
+}
+
+/* Every token of q over every run. Returns 0, or -1 without memory. */
+int longspan_attend_runs(const RunsCall *call) {
     const Items *items = best_items();
-    int64_t per_head = (S + SLOTS_PER_ITEM - 1) / SLOTS_PER_ITEM, count = per_head * x->G;
-    int64_t P = x->P, D = x->D, H = x->G * P;
-    float *room = malloc((size_t)(count * P * D + H * S + 1) * sizeof(float));
-    Sums *sums = malloc((size_t)(count * P + 1) * sizeof(Sums));
-    if (!room || !sums) {
+    const Keys *x = call->keys;
+    int64_t T = call->T, P = x->P, D = x->D, H = x->G * P, rows = T * H;
+    Folds folds;
+    int is_out_of_memory = 0;
+    if (!make_folds(&folds, rows, D)) return -1;
+#pragma omp parallel num_threads(call->threads) reduction(| : is_out_of_memory)
+    {
+        float *room = malloc((size_t)(P * SLOTS_PER_ITEM) * sizeof(float));
+        Sums *sums = malloc((size_t)(T * P + 1) * sizeof(Sums));
+        is_out_of_memory = !room || !sums;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < x->G * NUM_FOLDS; i++) {
+            int64_t g = i / NUM_FOLDS, fold = i % NUM_FOLDS;
+            const int64_t *runs = call->bounds + g * (NUM_FOLDS + 1) + fold;
+            if (runs[0] == runs[1] || is_out_of_memory) continue;
+            for (int64_t j = 0; j < T * P; j++) {
+                sums[j].out = folds.out + (fold * rows + j / P * H + g * P + j % P) * D;
+                clear(&sums[j], D);
+            }
+            items->fold(call, g, runs[0], runs[1], sums, room);
+            for (int64_t j = 0; j < T * P; j++)
+                folds.lse[fold * rows + j / P * H + g * P + j % P] = finish(&sums[j], D);
+        }
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++)
+            meet(&folds, row, rows, D, call->out + row * D, call->lse + row);
         free(room);
         free(sums);
-        return -1;
     }
-    float *scores = room + count * P * D;
-#pragma omp parallel num_threads(threads)
+    free(folds.out);
+    return is_out_of_memory ? -1 : 0;
+}
+
+/* ---- parts that meet ---------------------------------------------------------------------------- */
+
+/* n parts, outs [n, rows, D] and lses [n, rows], merged by the tree to out [rows, D] and lse [rows];
+ * room: [n, D]. D = 0: lses alone. */
+static void merge_rows(const float *outs, const float *lses, int64_t n, int64_t rows, int64_t first,
+                       int64_t last, int64_t D, float *out, float *lse, float *room) {
+    float *own = room + n * D;
+    for (int64_t row = first; row < last; row++) {
+        for (int64_t i = 0; i < n; i++) {
+            own[i] = lses[i * rows + row];
+            if (D) memcpy(room + i * D, outs + (i * rows + row) * D, (size_t)D * sizeof(float));
+        }
+        merge_tree(room, own, n, 1, D);
+        lse[row] = own[0];
+        if (D) memcpy(out + row * D, room, (size_t)D * sizeof(float));
+    }
+}
+
+/* Returns 0, or -1 without memory. */
+int longspan_merge_tree(const float *outs, const float *lses, int64_t n, int64_t rows, int64_t D,
+                        float *out, float *lse, int threads) {
+    enum { ROWS_AT_ONCE = 64 };
+    int is_out_of_memory = 0;
+#pragma omp parallel num_threads(threads) reduction(| : is_out_of_memory) if (n * rows * D > 65536)
     {
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < count; i++) {
-            Range r = range_of(i, S, SLOTS_PER_ITEM);
-            for (int64_t p = 0; p < P; p++) sums[i * P + p].out = room + (i * P + p) * D;
-            items->body(x, r.g, r.first, r.last - r.first, q + r.g * P * D, sums + i * P,
-                        scores + r.g * P * S + r.first, S);
-        }
+        float *room = malloc((size_t)(n * (D + 1) + 1) * sizeof(float));
+        is_out_of_memory = !room;
 #pragma omp for schedule(static)
-        for (int64_t h = 0; h < H; h++)
-            for (int64_t i = 0; i < per_head; i++)
-                merge_into(out + h * D, lse + h, &sums[(h / P * per_head + i) * P + h % P], D);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < count; i++) {
-            Range r = range_of(i, S, SLOTS_PER_ITEM);
-            items->add_evidence(evidence + r.g * S + r.first, scores + r.g * P * S + r.first, S,
-                                (int)P, lse + r.g * P, r.last - r.first);
-        }
+        for (int64_t first = 0; first < rows; first += ROWS_AT_ONCE)
+            if (!is_out_of_memory)
+                merge_rows(outs, lses, n, rows, first,
+                           first + ROWS_AT_ONCE < rows ? first + ROWS_AT_ONCE : rows, D, out, lse, room);
+        free(room);
     }
-    free(room);
-    free(sums);
+    return is_out_of_memory ? -1 : 0;
+}
+
+/* The part (out [rows, D], lse [rows]) takes in another. */
+void longspan_merge_pair(float *out, float *lse, const float *other, const float *other_lse,
+                         int64_t rows, int64_t D, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * D > 65536)
+    for (int64_t row = 0; row < rows; row++)
+        merge_pair(out + row * D, lse + row, other + row * D, other_lse[row], D);
+}
+
+/* evidence [slots] += exp(score - lse) of every head, for the runs of each KV head; scores: [P, num_keys],
+ * bounds: [G + 1], runs of each head; lse: [G, P]. Returns 0, or -1 without memory. */
+int longspan_spread_evidence(float *evidence, const int64_t *first, const int64_t *count,
+                              const int64_t *bounds, const float *scores, int64_t num_keys, int64_t G,
+                              int64_t P, const float *lse, int threads) {
+    const Items *items = best_items();
+    int64_t offset = 0;
+    float *mass = malloc((size_t)(num_keys + 1) * sizeof(float));
+    if (!mass) return -1;
+#pragma omp parallel num_threads(threads) firstprivate(offset) if (P * num_keys > 16384)
+    for (int64_t g = 0; g < G; g++) {
+        int64_t end = offset;
+        for (int64_t run = bounds[g]; run < bounds[g + 1]; run++) end += count[run];
+#pragma omp for schedule(static)
+        for (int64_t from = offset; from < end; from += SLOTS_PER_ITEM)
+            items->mass(scores + from, num_keys, (int)P, lse + g * P,
+                        from + SLOTS_PER_ITEM < end ? SLOTS_PER_ITEM : end - from, mass + from);
+        offset = end;
+    }
+    const float *own = mass;
+    for (int64_t run = bounds[0]; run < bounds[G]; own += count[run++])
+        for (int64_t i = 0; i < count[run]; i++) evidence[first[run] + i] += own[i];
+    free(mass);
     return 0;
 }
 
@@ -362,6 +488,21 @@ void longspan_score_units(const Units *x, const float *q, const float *squares, 
     for (int64_t i = 0; i < count; i++) {
         Range r = range_of(i, x->U, size);
         items->score(x, r.g, r.first, r.last, q, squares, T, log_mass, linear);
+    }
+}
+
+/* Natural log of the mass of all units, lse [T, H], of log_mass [T, H, U]: fold by fold, then the tree. */
+void longspan_total_mass(const float *log_mass, const int64_t *bounds, int64_t T, int64_t G, int64_t P,
+                         int64_t U, float *lse, int threads) {
+    const Items *items = best_items();
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < T * G * P; row++) {
+        const int64_t *own = bounds + row / P % G * (NUM_FOLDS + 1);
+        float folds[NUM_FOLDS];
+        for (int v = 0; v < NUM_FOLDS; v++)
+            folds[v] = items->log_sum_exp(log_mass + row * U + own[v], own[v + 1] - own[v]);
+        merge_tree(NULL, folds, NUM_FOLDS, 1, 0);
+        lse[row] = folds[0];
     }
 }
 
@@ -421,37 +562,89 @@ static void take_by_keys(const float *benefit, const int64_t *sizes, int64_t U, 
     }
 }
 
-/* Units until every head has read `mass`; read [P] is what each has read already. ranks: [2, U]. */
+/* A share as a whole multiple of 2^-40: sums of them do not depend on their order. */
+INLINE int64_t quantised(float share) { return share == share ? (int64_t)((double)share * 0x1p40) : 0; }
+
+/* Units until every head has read `mass`; steady [P] is what each has read already. ranks: [2, U]. */
 static void take_by_mass(const float *benefit, const int64_t *sizes, int64_t U, int64_t P,
-                         const float *shares, float *read, float mass, uint8_t *taken,
+                         const float *shares, const float *steady, double mass, uint8_t *taken,
                          uint64_t *ranks) {
+    int64_t read[MAX_GROUP], enough = (int64_t)(mass * 0x1p40);
     memset(taken, 0, (size_t)U);
+    for (int64_t p = 0; p < P; p++) read[p] = quantised(steady[p]);
     for (int64_t u = 0; u < U; u++) ranks[u] = rank_of(benefit[u], u);
     ranks = sort_ranks(ranks, U, ranks + U);
     for (int64_t i = 0; i < U; i++) {
         uint32_t u = (uint32_t)ranks[i];
         int is_short = 0;
         for (int64_t p = 0; p < P; p++) {
-            is_short |= read[p] < mass;
-            read[p] += shares[p * U + u];
+            is_short |= read[p] < enough;
+            read[p] += quantised(shares[p * U + u]);
         }
         if (!is_short) break;
         taken[u] = sizes[u] > 0;
     }
 }
 
-/* taken [G, T, U] from log_mass [T, H, U]; lse_other, lse_steady [T, H]: natural log of the mass
- * outside the units, and of what is read anyway. max_keys < 0: limited by mass. rank_weights [G, U]
- * turn the share of a unit into its benefit. Returns 0, or -1 without memory. */
-int longspan_take_units(const float *log_mass, const int64_t *sizes, const float *rank_weights,
-                        int64_t T, int64_t G, int64_t P, int64_t U, const float *lse_other,
-                        const float *lse_steady, int64_t max_keys, float mass, uint8_t *taken,
-                        int threads) {
+/* One token and KV head: shares [P, U] of its attention, benefit [U], and steady [P], the shares that are
+ * read anyway. total, lse_steady: [P], natural log of the mass of everything, and of what is read anyway
+ * (or null). */
+static void rank_row(const Items *items, const float *log_mass, const float *weights, int64_t P, int64_t U,
+                     const float *total, const float *lse_steady, float *shares, int64_t stride,
+                     float *benefit, float *steady) {
+    memset(benefit, 0, (size_t)U * sizeof(float));
+    for (int64_t p = 0; p < P; p++) {
+        items->shares(log_mass + p * U, total[p], U, shares + p * stride);
+        items->add_benefit(benefit, shares + p * stride, weights, U);
+        if (lse_steady) steady[p] = expf(lse_steady[p] - total[p]);
+    }
+}
+
+typedef struct {
+    const float *log_mass;            /* [T, H, U] */
+    const int64_t *sizes;             /* [G, U] */
+    const float *rank_weights;        /* [G, U]: benefit of a unit per share of attention */
+    const float *total, *lse_steady;  /* [T, H]: see `rank_row` */
+    float *benefit, *shares, *steady; /* [G, T, U]; [G, P, T, U], [G, P, T] or null */
+    uint8_t *taken;                   /* [G, T, U], or null: ranks alone */
+    int64_t T, G, P, U;
+    int64_t max_keys; /* below 0: limited by mass */
+    double mass;
+    int32_t threads;
+} RankCall;
+
+/* benefit, shares and steady of every unit. Returns 0, or -1 without memory. */
+int longspan_rank_units(const RankCall *call) {
     const Items *items = best_items();
+    int64_t T = call->T, G = call->G, P = call->P, U = call->U;
     int is_out_of_memory = 0;
-#pragma omp parallel num_threads(threads) reduction(| : is_out_of_memory)
+#pragma omp parallel num_threads(call->threads) reduction(| : is_out_of_memory)
     {
-        float *shares = malloc((size_t)((P + 1) * U + 1) * sizeof(float)), read[MAX_GROUP];
+        float *room = malloc((size_t)(P * U + 1) * sizeof(float)), steady[MAX_GROUP];
+        is_out_of_memory = !room;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < T * G; i++) {
+            int64_t t = i / G, g = i % G, row = (t * G + g) * P;
+            if (is_out_of_memory) continue;
+            rank_row(items, call->log_mass + row * U, call->rank_weights + g * U, P, U, call->total + row,
+                     call->lse_steady ? call->lse_steady + row : NULL,
+                     call->shares ? call->shares + (g * P * T + t) * U : room, call->shares ? T * U : U,
+                     call->benefit + (g * T + t) * U, steady);
+            for (int64_t p = 0; call->steady && p < P; p++) call->steady[(g * P + p) * T + t] = steady[p];
+        }
+        free(room);
+    }
+    return is_out_of_memory ? -1 : 0;
+}
+
+/* Which units each query takes, where one caller holds them all. Returns 0, or -1 without memory. */
+int longspan_take_units(const RankCall *call) {
+    const Items *items = best_items();
+    int64_t T = call->T, G = call->G, P = call->P, U = call->U;
+    int is_out_of_memory = 0;
+#pragma omp parallel num_threads(call->threads) reduction(| : is_out_of_memory)
+    {
+        float *shares = malloc((size_t)((P + 1) * U + 1) * sizeof(float)), steady[MAX_GROUP];
         uint64_t *ranks = malloc((size_t)(2 * U + 1) * sizeof(uint64_t));
         is_out_of_memory = !shares || !ranks;
 #pragma omp for schedule(dynamic)
@@ -459,19 +652,14 @@ int longspan_take_units(const float *log_mass, const int64_t *sizes, const float
             int64_t t = i / G, g = i % G, row = (t * G + g) * P;
             if (is_out_of_memory) continue;
             float *benefit = shares + P * U;
-            memset(benefit, 0, (size_t)U * sizeof(float));
-            for (int64_t p = 0; p < P; p++) {
-                const float *own = log_mass + (row + p) * U;
-                float total = log_add(items->log_sum_exp(own, U), lse_other[row + p]);
-                items->shares(own, total, U, shares + p * U);
-                items->add_benefit(benefit, shares + p * U, rank_weights + g * U, U);
-                read[p] = expf(lse_steady[row + p] - total);
-            }
-            uint8_t *is_taken = taken + (g * T + t) * U;
-            if (max_keys >= 0)
-                take_by_keys(benefit, sizes + g * U, U, max_keys, is_taken, ranks);
+            const int64_t *sizes = call->sizes + g * U;
+            uint8_t *is_taken = call->taken + (g * T + t) * U;
+            rank_row(items, call->log_mass + row * U, call->rank_weights + g * U, P, U, call->total + row,
+                     call->lse_steady + row, shares, U, benefit, steady);
+            if (call->max_keys >= 0)
+                take_by_keys(benefit, sizes, U, call->max_keys, is_taken, ranks);
             else
-                take_by_mass(benefit, sizes + g * U, U, P, shares, read, mass, is_taken, ranks);
+                take_by_mass(benefit, sizes, U, P, shares, steady, call->mass, is_taken, ranks);
         }
         free(shares);
         free(ranks);
@@ -479,120 +667,138 @@ int longspan_take_units(const float *log_mass, const int64_t *sizes, const float
     return is_out_of_memory ? -1 : 0;
 }
 
-/* Keys of the taken units: of each query, attended [G, T], and of their union, read [G]. */
-void longspan_count_taken(const uint8_t *taken, const int64_t *sizes, int64_t T, int64_t G, int64_t U,
-                          int64_t *attended, int64_t *read) {
-    for (int64_t g = 0; g < G; g++) {
-        const uint8_t *rows = taken + g * T * U;
-        read[g] = 0;
-        for (int64_t t = 0; t < T; t++) attended[g * T + t] = 0;
-        for (int64_t u = 0; u < U; u++) {
-            int64_t size = sizes[g * U + u], is_read = 0;
+typedef struct {
+    const uint8_t *taken;          /* [G, T, U] */
+    const Units *units;
+    int64_t *attended, *read;      /* [G, T]: keys of each query; [G]: of their union */
+    int64_t *offsets;              /* [G, NUM_FOLDS]: keys that the last query took before each fold */
+    int64_t *first, *count, *runs; /* [G * U] each, or null: those keys as runs of slots; [G + 1] */
+    int64_t T, num_kept, most_keys; /* the last query's keys; the most keys read of an item */
+} CountCall;
+
+/* Lists a unit that the last query took; neighbours become one run. */
+INLINE void list_run(CountCall *call, int64_t start, int64_t size, int64_t head_first, int64_t *num_runs) {
+    int64_t last = *num_runs - 1;
+    if (last >= head_first && call->first[last] + call->count[last] == start) {
+        call->count[last] += size;
+        return;
+    }
+    call->first[*num_runs] = start;
+    call->count[(*num_runs)++] = size;
+}
+
+/* Units `first` to `last` of one item: few are taken, and eight that are not are passed at once. Returns
+ * how many of their keys are read. */
+static int64_t count_item(CountCall *call, int64_t g, int64_t first, int64_t last, int64_t *num_runs) {
+    const Units *units = call->units;
+    int64_t T = call->T, U = units->U, *attended = call->attended + g * T, keys = 0;
+    const uint8_t *rows = call->taken + g * T * U;
+    const int64_t *sizes = units->sizes + g * U, *starts = units->starts + g * U;
+    for (int64_t from = first; from < last; from += 8) {
+        uint64_t any = 0;
+        int64_t n = from + 8 < last ? 8 : last - from;
+        for (int64_t t = 0; t < T; t++) {
+            uint64_t own = 0;
+            memcpy(&own, rows + t * U + from, (size_t)n);
+            any |= own;
+        }
+        if (!any) continue;
+        for (int64_t u = from; u < from + n; u++) {
+            int is_read = 0;
             for (int64_t t = 0; t < T; t++) {
-                attended[g * T + t] += rows[t * U + u] ? size : 0;
+                attended[t] += rows[t * U + u] ? sizes[u] : 0;
                 is_read |= rows[t * U + u];
             }
-            read[g] += is_read ? size : 0;
+            keys += is_read ? sizes[u] : 0;
+            if (!rows[(T - 1) * U + u] || sizes[u] == 0) continue;
+            call->num_kept += sizes[u];
+            if (call->runs) list_run(call, starts[u], sizes[u], call->runs[g], num_runs);
         }
     }
+    return keys;
+}
+
+/* Counts what was taken, and lists what the last query took. */
+void longspan_count_taken(CountCall *call) {
+    const Units *units = call->units;
+    int64_t num_runs = 0;
+    call->num_kept = 0;
+    call->most_keys = UNITS_PER_ITEM;
+    memset(call->attended, 0, (size_t)(units->G * call->T) * sizeof(int64_t));
+    for (int64_t g = 0; g < units->G; g++) {
+        call->read[g] = 0;
+        if (call->runs) call->runs[g] = num_runs;
+        for (int64_t fold = 0; fold < NUM_FOLDS; fold++) {
+            const int64_t *bounds = units->bounds + g * (NUM_FOLDS + 1) + fold;
+            call->offsets[g * NUM_FOLDS + fold] = call->num_kept;
+            for (int64_t u = bounds[0]; u < bounds[1]; u += UNITS_PER_ITEM) {
+                int64_t last = u + UNITS_PER_ITEM < bounds[1] ? u + UNITS_PER_ITEM : bounds[1];
+                int64_t keys = count_item(call, g, u, last, &num_runs);
+                call->read[g] += keys;
+                call->most_keys = keys > call->most_keys ? keys : call->most_keys;
+            }
+        }
+    }
+    if (call->runs) call->runs[units->G] = num_runs;
 }
 
 /* ---- attention over what was taken, and an estimate of the rest -------------------------------- */
 
-/* Adds the last query's mass of one item's read slots to evidence [S] of its KV head. */
-static void spread_evidence(const Items *items, const Units *units, Range r, const uint8_t *is_taken,
-                            const float *kept, int64_t stride, int P, const float *lse,
-                            float *evidence) {
-    const int64_t *starts = units->starts + r.g * units->U, *sizes = units->sizes + r.g * units->U;
-    for (int64_t u = r.first; u < r.last; u++) {
-        if (!is_taken[u]) continue;
-        items->add_evidence(evidence + starts[u], kept, stride, P, lse, sizes[u]);
-        kept += sizes[u];
+/* Sums of a block of tokens over one fold, to its parts: read, then read and estimated. */
+static void end_fold(const UnitsCall *call, const Folds *folds, const Folds *reads, int64_t fold,
+                     int64_t first_row, int64_t count, Sums *read, const Sums *rest) {
+    int64_t P = call->units->P, H = call->units->G * P, D = call->keys->D, rows = call->T * H;
+    for (int64_t j = 0; j < count * P; j++) {
+        int64_t row = fold * rows + first_row + j / P * H + j % P;
+        folds->lse[row] = reads->lse[row] = finish(&read[j], D);
+        if (call->is_estimating) merge_into(folds->out + row * D, folds->lse + row, &rest[j], D);
     }
-}
-
-static int64_t units_per_item(int64_t U) {
-    int64_t size = UNITS_PER_ITEM;
-    while ((U + size - 1) / size > MAX_ITEMS_PER_HEAD) size *= 2;
-    return size;
 }
 
 /* Attends to the taken units, and lets the others stand for their keys. Returns 0, or -1 without
  * memory. */
 int longspan_attend_units(const UnitsCall *call) {
     const Items *items = best_items();
-    const Keys *x = call->keys;
-    const Units *units = call->units;
-    int64_t T = call->T, U = units->U, G = x->G, P = x->P, D = x->D, H = G * P;
-    if (T == 0) return 0;
-    int64_t size = units_per_item(U), per_head = (U + size - 1) / size, count = per_head * G;
-    int64_t rows = count * T * P, most_keys = size, *offsets = malloc((size_t)(count + 1) * 8);
-    if (!offsets) return -1;
-    offsets[0] = 0;
-    for (int64_t i = 0; i < count; i++) {
-        Range r = range_of(i, U, size);
-        const uint8_t *is_taken = call->taken + (r.g * T + T - 1) * U;
-        int64_t keys = 0, keys_taken = 0;
-        for (int64_t u = r.first; u < r.last; u++) {
-            keys += units->sizes[r.g * U + u];
-            keys_taken += is_taken[u] ? units->sizes[r.g * U + u] : 0;
-        }
-        most_keys = keys > most_keys ? keys : most_keys;
-        offsets[i + 1] = offsets[i] + (call->evidence ? keys_taken : 0);
-    }
-    int64_t num_kept = offsets[count];
-    float *partial = malloc((size_t)(2 * rows * D + P * num_kept + 1) * sizeof(float));
-    Sums *sums = malloc((size_t)(2 * rows + 1) * sizeof(Sums)), *rest = sums + rows;
-    float *kept = partial + 2 * rows * D;
-    int is_out_of_memory = !partial || !sums;
-    if (!is_out_of_memory)
-        for (int64_t i = 0; i < 2 * rows; i++) sums[i].out = partial + i * D;
-#pragma omp parallel num_threads(call->threads) reduction(| : is_out_of_memory)
-    {
-        float *room = malloc((size_t)(P * most_keys + 1) * sizeof(float));
-        is_out_of_memory |= !room || !partial || !sums;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < count; i++) {
-            Range r = range_of(i, U, size);
-            if (is_out_of_memory) continue;
-            items->units(call, r.g, r.first, r.last, sums + i * T * P, rest + i * T * P, room,
-                         call->evidence ? kept + offsets[i] : NULL, num_kept);
-        }
-        free(room);
-    }
-    if (is_out_of_memory) {
-        free(offsets);
-        free(partial);
-        free(sums);
+    int64_t T = call->T, G = call->units->G, P = call->units->P, D = call->keys->D, H = G * P, rows = T * H;
+    int64_t blocks = (T + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE, most_sums = TOKENS_AT_ONCE * P;
+    Folds folds, reads;
+    int is_out_of_memory = 0;
+    if (!make_folds(&folds, rows, D)) return -1;
+    if (!make_folds(&reads, rows, 0)) {
+        free(folds.out);
         return -1;
     }
-#pragma omp parallel num_threads(call->threads)
+#pragma omp parallel num_threads(call->threads) reduction(| : is_out_of_memory)
     {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < T * H; row++) {
-            int64_t t = row / H, h = row % H, own = t * P + h % P, first = h / P * per_head;
-            float *out = call->out + row * D, *lse = call->lse + row;
-            for (int64_t i = first; i < first + per_head; i++)
-                merge_into(out, lse, &sums[i * T * P + own], D);
-            call->lse_read[row] = *lse;
-            for (int64_t i = first; call->is_estimating && i < first + per_head; i++)
-                merge_into(out, lse, &rest[i * T * P + own], D);
-        }
-        if (call->evidence) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < count; i++) {
-                Range r = range_of(i, U, size);
-                spread_evidence(items, units, r, call->taken + (r.g * T + T - 1) * U,
-                                kept + offsets[i], num_kept, (int)P,
-                                call->lse_read + (T - 1) * H + r.g * P,
-                                call->evidence + r.g * call->S);
+        float *room = malloc((size_t)(P * call->most_keys + most_sums * D + 1) * sizeof(float));
+        Sums *read = malloc((size_t)(2 * most_sums) * sizeof(Sums)), *rest = read + most_sums;
+        is_out_of_memory = !room || !read;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < G * NUM_FOLDS * blocks; i++) {
+            int64_t g = i / blocks / NUM_FOLDS, fold = i / blocks % NUM_FOLDS, from = i % blocks * TOKENS_AT_ONCE;
+            int64_t to = from + TOKENS_AT_ONCE < T ? from + TOKENS_AT_ONCE : T;
+            if (is_out_of_memory) continue;
+            for (int64_t j = 0; j < (to - from) * P; j++) {
+                read[j].out = folds.out + (fold * rows + (from + j / P) * H + g * P + j % P) * D;
+                rest[j].out = room + P * call->most_keys + j * D;
+                clear(&read[j], D);
+                clear(&rest[j], D);
             }
+            items->units(call, g, fold, from, to, read, rest, room);
+            end_fold(call, &folds, &reads, fold, from * H + g * P, to - from, read, rest);
         }
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) {
+            meet(&folds, row, rows, D, call->out + row * D, call->lse + row);
+            merge_tree(NULL, reads.lse + row, NUM_FOLDS, rows, 0);
+            call->lse_read[row] = reads.lse[row];
+        }
+        free(room);
+        free(read);
     }
-    free(offsets);
-    free(partial);
-    free(sums);
-    return 0;
+    free(folds.out);
+    free(reads.out);
+    return is_out_of_memory ? -1 : 0;
 }
 
 /* ---- a sample of what was missed ---------------------------------------------------------------- */
@@ -605,7 +811,7 @@ typedef struct {
     const int64_t *starts, *sizes; /* [G, U] */
     const float *lse_read;         /* [T, H] */
     const float *uniform;          /* [2, T, H, strata, 2] in [0, 1): which key mass, which key of it */
-    float *recall, *bound;         /* [T, H] */
+    float *mean, *variance, *most; /* [T, H] */
     int64_t T, U, strata;
     float uniform_share, max_log_ratio;
     int32_t threads;
@@ -631,9 +837,8 @@ static void sample_row(const Items *items, const SampleCall *call, int64_t row, 
     float total = items->log_sum_exp(log_mass, U), norm = 0.0f;
     for (int64_t d = 0; d < D; d++) norm += q[d] * q[d];
     items->reach(log_mass, call->linear + row * U, call->radii + g * U, sqrtf(norm), U, rising);
-    float most = items->log_sum_exp(rising, U);
-    call->bound[row] = most == -INFINITY ? 0.0f : 1.0f / (1.0f + expf(call->lse_read[row] - most));
-    call->recall[row] = 1.0f;
+    call->most[row] = items->log_sum_exp(rising, U);
+    call->mean[row] = call->variance[row] = 0.0f;
     if (total == -INFINITY) return;
     items->shares(log_mass, total, U, chance);
     double keys = 0.0, sum = 0.0, mean = 0.0, variance = 0.0;
@@ -664,16 +869,13 @@ static void sample_row(const Items *items, const SampleCall *call, int64_t row, 
         }
         variance += (double)(ratios[0] - ratios[1]) * (ratios[0] - ratios[1]);
     }
-    mean /= (double)(2 * call->strata);
-    variance /= 4.0 * (double)(call->strata * call->strata);
-    double recall = 1.0 / (1.0 + mean);
-    recall -= recall * recall * recall * variance;
-    call->recall[row] = (float)(recall < 0.0 ? 0.0 : recall > 1.0 ? 1.0 : recall);
+    call->mean[row] = (float)(mean / (double)(2 * call->strata));
+    call->variance[row] = (float)(variance / (4.0 * (double)(call->strata * call->strata)));
 }
 
-/* Sampled recall and the bound on what was missed; `estimate.py` says what they are. Returns 0, or
- * -1 without memory. */
-int longspan_sample_recall(const SampleCall *call) {
+/* A sample of what was missed, and the bound on it; `estimate.py` says what they are. Returns 0, or -1
+ * without memory. */
+int longspan_sample_missed(const SampleCall *call) {
     const Items *items = best_items();
     int64_t rows = call->T * call->keys->G * call->keys->P;
     int is_out_of_memory = 0;

@@ -6,12 +6,14 @@ and of a type that C knows. A structure lives as long as the tensors that it poi
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
 from sparse_attn.errors import ShapeMismatch
+from sparse_attn.folds import Runs
+from sparse_attn.select.centroid import Units
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # As in `kernels.c`.
@@ -33,7 +35,8 @@ class _Keys(Structure):
 class _Units(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("centroids", "variances", "value_sums")),
-        *((name, c_void_p) for name in ("log_sizes", "critical", "starts", "sizes", "columns")),
+        *((name, c_void_p) for name in ("log_sizes", "critical", "starts", "sizes")),
+        *((name, c_void_p) for name in ("bounds", "columns")),
         ("U", c_int64),
         ("C", c_int64),
         ("type", c_int32),
@@ -43,16 +46,50 @@ class _Units(Structure):
     ]
 
 
+class RunsCall(Structure):
+    _fields_ = [
+        ("keys", POINTER(_Keys)),
+        *((name, c_void_p) for name in ("first", "count", "offsets", "bounds")),
+        *((name, c_void_p) for name in ("q", "out", "lse", "kept")),
+        ("T", c_int64),
+        ("num_kept", c_int64),
+        ("threads", c_int32),
+    ]
+
+
 class UnitsCall(Structure):
     _fields_ = [
         ("keys", POINTER(_Keys)),
         ("units", POINTER(_Units)),
-        *((name, c_void_p) for name in ("q", "taken", "log_mass", "out", "lse", "lse_read")),
-        ("evidence", c_void_p),
+        ("closed", POINTER(_Units)),
+        *((name, c_void_p) for name in ("q", "taken", "log_mass", "closed_log_mass")),
+        *((name, c_void_p) for name in ("out", "lse", "lse_read", "offsets", "kept")),
         ("T", c_int64),
-        ("S", c_int64),
+        ("num_kept", c_int64),
+        ("most_keys", c_int64),
         ("is_estimating", c_int32),
         ("threads", c_int32),
+    ]
+
+
+class RankCall(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("log_mass", "sizes", "rank_weights")),
+        *((name, c_void_p) for name in ("total", "lse_steady")),
+        *((name, c_void_p) for name in ("benefit", "shares", "steady", "taken")),
+        *((name, c_int64) for name in ("T", "G", "P", "U", "max_keys")),
+        ("mass", c_double),
+        ("threads", c_int32),
+    ]
+
+
+class CountCall(Structure):
+    _fields_ = [
+        ("taken", c_void_p),
+        ("units", POINTER(_Units)),
+        *((name, c_void_p) for name in ("attended", "read", "offsets")),
+        *((name, c_void_p) for name in ("first", "count", "runs")),
+        *((name, c_int64) for name in ("T", "num_kept", "most_keys")),
     ]
 
 
@@ -60,7 +97,7 @@ class SampleCall(Structure):
     _fields_ = [
         ("keys", POINTER(_Keys)),
         *((name, c_void_p) for name in ("q", "log_mass", "linear", "radii", "starts", "sizes")),
-        *((name, c_void_p) for name in ("lse_read", "uniform", "recall", "bound")),
+        *((name, c_void_p) for name in ("lse_read", "uniform", "mean", "variance", "most")),
         ("T", c_int64),
         ("U", c_int64),
         ("strata", c_int64),
@@ -71,17 +108,20 @@ class SampleCall(Structure):
 
 
 class KeysOf:
-    """Keys and values [G, S, D] of one layer, or a view of a longer buffer, as C sees them.
+    """Keys and values of one layer as C sees them: [G, S, D] or a view of a longer buffer, or flat
+    [N, D].
 
-    num_heads: query heads that read them.
+    num_heads: query heads that read them; num_kv_heads: of a flat table.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, num_heads: int) -> None:
-        num_kv_heads, _, head_dim = k.shape
+    def __init__(
+        self, k: Tensor, v: Tensor, num_heads: int, *, num_kv_heads: int | None = None
+    ) -> None:
+        head_dim, num_kv_heads = k.shape[-1], num_kv_heads or k.shape[0]
         per_group, rest = divmod(num_heads, num_kv_heads)
-        is_dense = k.stride()[1:] == v.stride()[1:] == (head_dim, 1)
-        is_known = k.dtype in TYPES and k.dtype == v.dtype and k.device.type == "cpu"
-        if not (is_dense and is_known and k.shape == v.shape and k.stride(0) == v.stride(0)):
+        strides = (head_dim, 1)
+        is_dense = k.shape == v.shape and k.stride() == v.stride() and k.stride()[-2:] == strides
+        if not (is_dense and k.dtype in TYPES and k.dtype == v.dtype and k.is_cpu):
             raise ShapeMismatch(
                 f"keys {list(k.shape)} {k.dtype} and values {list(v.shape)} {v.dtype} on "
                 f"{k.device}; the native backend reads rows of one type on the CPU; "
@@ -94,11 +134,10 @@ class KeysOf:
                 "use --backend torch"
             )
         self.k, self.v = k, v
-        self.shape = (num_kv_heads, per_group, head_dim)
         self.struct = _Keys(
             k=k.data_ptr(),
             v=v.data_ptr(),
-            head_stride=k.stride(0),
+            head_stride=k.stride(0) if k.dim() == 3 else 0,
             type=TYPES[k.dtype],
             G=num_kv_heads,
             P=per_group,
@@ -106,50 +145,52 @@ class KeysOf:
         )
 
 
+class RunsOf:
+    """Runs of slots as C sees them, with the place of each run's keys among all keys."""
+
+    def __init__(self, runs: Runs) -> None:
+        self.first, self.count, self.bounds = (
+            dense(x) for x in (runs.first, runs.count, runs.bounds)
+        )
+        self.offsets = self.count.cumsum(dim=0) - self.count
+        self.heads = torch.cat([self.bounds[:, 0], self.bounds[-1:, -1]])
+        self.num_keys = runs.num_keys
+        tensors = (self.first, self.count, self.offsets, self.bounds)
+        names = ("first", "count", "offsets", "bounds")
+        self.pointers = {
+            name: pointer(x, torch.int64) for name, x in zip(names, tensors, strict=True)
+        }
+
+
 class UnitsOf:
-    """Clusters or groups of one layer as C sees them.
+    """Clusters or groups of one layer as C sees them; per_group: query heads of a KV head."""
 
-    centroids, variances, value_sums: [G, C, D] of one type; log_sizes, critical [G, U] float32;
-    starts, sizes, columns [G, U] int64: `columns` says which of the C columns each unit is (-1:
-    padding), None where U is C.
-    """
-
-    def __init__(
-        self,
-        *,
-        centroids: Tensor,
-        variances: Tensor,
-        value_sums: Tensor,
-        log_sizes: Tensor,
-        critical: Tensor,
-        starts: Tensor,
-        sizes: Tensor,
-        columns: Tensor | None,
-        per_group: int,
-    ) -> None:
-        tables = [dense(x) for x in (centroids, variances, value_sums)]
-        kinds = {(x.dtype, x.shape) for x in tables}
-        if len(kinds) != 1 or tables[0].dtype not in TYPES:
+    def __init__(self, units: Units, per_group: int) -> None:
+        large = {
+            name: dense(getattr(units, name)) for name in ("centroids", "variances", "value_sums")
+        }
+        kinds = {(x.dtype, x.shape) for x in large.values()}
+        if len(kinds) != 1 or units.centroids.dtype not in TYPES:
+            found = [(str(x.dtype), list(x.shape)) for x in large.values()]
             raise ShapeMismatch(
-                f"look-up tables of {[(str(x.dtype), list(x.shape)) for x in tables]}; the native "
-                "backend reads one float type and shape; ingest the document again"
+                f"look-up tables of {found}; the native backend reads one float type and shape; "
+                "ingest the document again"
             )
-        num_kv_heads, num_columns, head_dim = centroids.shape
-        floats = {"log_sizes": dense(log_sizes), "critical": dense(critical)}
-        ints = {"starts": dense(starts), "sizes": dense(sizes)}
-        self.columns = None if columns is None else dense(columns)
-        self.num_units = sizes.shape[1]
-        self._kept = (tables, floats, ints)  # alive as long as their pointers
-        names = ("centroids", "variances", "value_sums")
-        large = zip(names, (pointer(x, x.dtype) for x in tables), strict=True)
+        floats = {name: dense(getattr(units, name)) for name in ("log_sizes", "critical")}
+        ints = {name: dense(getattr(units, name)) for name in ("starts", "sizes", "bounds")}
+        columns = None if units.columns is None else dense(units.columns)
+        self.sizes, self.rank_weights = ints["sizes"], dense(units.rank_weights)
+        self.num_units = units.num_units
+        self._kept = (large, floats, ints, columns)  # alive as long as their pointers
+        num_kv_heads, num_columns, head_dim = units.centroids.shape
         self.struct = _Units(
-            **dict(large),
+            **{name: pointer(x, x.dtype) for name, x in large.items()},
             **{name: pointer(x) for name, x in floats.items()},
             **{name: pointer(x, torch.int64) for name, x in ints.items()},
-            columns=None if self.columns is None else pointer(self.columns, torch.int64),
+            columns=None if columns is None else pointer(columns, torch.int64),
             U=self.num_units,
             C=num_columns,
-            type=TYPES[tables[0].dtype],
+            type=TYPES[units.centroids.dtype],
             G=num_kv_heads,
             P=per_group,
             D=head_dim,
@@ -158,7 +199,7 @@ class UnitsOf:
 
 def dense(x: Tensor) -> Tensor:
     """x contiguous; raises ShapeMismatch unless it is on the CPU."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         raise ShapeMismatch(
             f"a tensor on {x.device}; the native backend computes on the CPU; use --backend torch"
         )
@@ -167,7 +208,7 @@ def dense(x: Tensor) -> Tensor:
 
 def pointer(x: Tensor, dtype: torch.dtype = torch.float32) -> int:
     """Address of a contiguous CPU tensor of that type; raises ShapeMismatch for another."""
-    if not x.is_contiguous() or x.dtype != dtype or x.device.type != "cpu":
+    if not (x.is_cpu and x.dtype == dtype and x.is_contiguous()):
         raise ShapeMismatch(
             f"a tensor {list(x.shape)} {x.dtype} on {x.device} with strides {x.stride()}; C reads "
             f"contiguous ones of {dtype} on the CPU; convert it, or use --backend torch"

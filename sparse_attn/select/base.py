@@ -1,8 +1,7 @@
-"""What every selector returns, and the limit it is given.
+"""The limit that a selector is given, and what stands for the keys that it leaves unread.
 
-A selector answers, for one tile of queries and each KV head: which slots are read exactly, and how
-the keys that are not read are represented (`Tail`). The tail always covers every unread key of the
-body.
+A selector answers, for one tile of queries and each KV head, which units are read exactly; every
+other key of the body stands in exactly one unit of the `Tail`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Tail:
     log_mass: [T, H, U] float32, estimated log sum of exp(score) over the unit, -inf where the query
     read it; log_mass_linear: the same without the spread within units, nowhere masked.
     radii: [G, U] float32, greatest distance of a key from the centroid; starts, sizes: [G, U]
-    int64, the unit's run of slots.
+    int64, the unit's run of flat slots.
     """
 
     log_mass: Tensor
@@ -73,28 +72,3 @@ class Tail:
             starts=torch.cat([self.starts, other.starts], dim=1),
             sizes=torch.cat([self.sizes, other.sizes], dim=1),
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """Slots to read exactly, and what stands for the rest.
-
-    slots: [G, B] int64, everything that the tile reads, in slot order, -1 where padded (last);
-    visible: [G, T, B] bool, which of them each query attends to, None for all; tail: every body key
-    that a query does not attend to. value_sums: [G, U, D], of the tail's units.
-    lookup_bytes: what the look-up itself read.
-    """
-
-    slots: Tensor
-    visible: Tensor | None
-    tail: Tail
-    value_sums: Tensor
-    lookup_bytes: int
-
-    def count_read(self) -> tuple[Tensor, Tensor]:
-        """Keys that each query attends to, [G, T] (T = 1 for all alike), and that are read, [G]."""
-        is_read = self.slots >= 0
-        num_read = is_read.sum(dim=1)
-        if self.visible is None:
-            return num_read.unsqueeze(1), num_read
-        return (self.visible & is_read.unsqueeze(1)).sum(dim=2), num_read

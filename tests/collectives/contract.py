@@ -1,6 +1,7 @@
 """What every Group has to do, as checks that all of its ranks run together.
 
-Values are small whole numbers, so that sums are exact in bfloat16 and in any order.
+Values are small whole numbers, so that sums are exact in bfloat16 and in any order. Tensors are on
+torch's default device, which a worker sets to its GPU.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from collectives import Group, GroupMisuse
-from collectives.group import Reduction
+from collectives import Group, GroupMisuse, Pending, Reduction, SoloGroup
 
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (0, 3), (3, 5), (2, 1, 63), (65,))
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
@@ -21,8 +21,9 @@ Check = Callable[[Group, tuple[int, ...], torch.dtype], None]
 
 def make_tensor(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """What a rank brings, known to all of them."""
-    generator = torch.Generator().manual_seed(rank + 1)
-    return torch.randint(-8, 9, shape, generator=generator).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(rank + 1)
+    values = torch.randint(-8, 9, shape, generator=generator, device="cpu")
+    return values.to(dtype=dtype, device=torch.get_default_device())
 
 
 def reduce_all(tensors: torch.Tensor, op: Reduction) -> torch.Tensor:
@@ -101,11 +102,35 @@ def check_masks_move(group: Group, shape: tuple[int, ...], dtype: torch.dtype) -
         assert bool((lse == -torch.inf).all())
 
 
+def check_started(group: Group, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """All in flight at once; waited for in another order, and twice."""
+    rows = (group.size, *shape)
+    brought = torch.stack([make_tensor(rank, rows, dtype) for rank in range(group.size)])
+    mine = brought[group.rank]
+    reduced = mine.clone()
+    started: list[Pending] = [
+        group.start_all_gather(mine),
+        group.start_all_reduce_(reduced, op="max"),
+        group.start_all_to_all(mine.clone()),
+        group.start_all_gather(mine.clone()),
+    ]
+    expected = [brought, reduce_all(brought, "max"), brought[:, group.rank], brought]
+    for idx in (2, 0, 3, 1, 0, 1):
+        assert torch.equal(started[idx].wait(), expected[idx])
+    assert started[1].wait() is reduced
+    assert started[0].wait() is started[0].wait()
+    group.settle()
+
+
 def check_misuse(group: Group, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """What is refused is refused before anything moves: the group stays usable."""
     rows = torch.zeros((group.size, *shape), dtype=dtype)
     strided = torch.zeros(4, 6).t()
     calls: list[tuple[str, Callable[[], object]]] = [
+        ("contiguous", lambda: group.start_all_reduce_(strided)),
+        ("contiguous", lambda: group.start_all_gather(strided)),
+        ("contiguous", lambda: group.start_all_to_all(strided)),
+        ("one a rank", lambda: group.start_all_to_all(torch.zeros(group.size + 1))),
         ("contiguous", lambda: group.all_reduce_(strided)),
         ("contiguous", lambda: group.all_gather(strided)),
         ("contiguous", lambda: group.reduce_scatter(strided)),
@@ -125,10 +150,63 @@ def check_misuse(group: Group, shape: tuple[int, ...], dtype: torch.dtype) -> No
         ("another rank", lambda: group.send(rows, target=group.size)),
         ("another rank", lambda: group.receive_(rows, source=-1)),
     ]
+    if group.rank == 0:
+        calls.append(("None on rank 0", lambda: group.broadcast_bytes(None)))
     for text, call in calls:
         with pytest.raises(GroupMisuse, match=text) as caught:
             call()
         assert "\n" not in str(caught.value)
+    group.barrier()
+
+
+def check_bytes(group: Group) -> None:
+    """Any bytes of any length, over the group and over its control group."""
+    messages = [bytes(range(256)) * rank + b"\n" * (rank % 2) for rank in range(group.size)]
+    is_on_cpu = torch.get_default_device().type == "cpu"
+    for each in ((group,) if is_on_cpu else ()) + (group.control, group.control.control):
+        assert (each.rank, each.size) == (group.rank, group.size)
+        assert each.all_gather_bytes(messages[each.rank]) == messages
+        assert each.all_gather_bytes(b"") == [b""] * each.size
+        for source in range(each.size):
+            is_source = each.rank == source
+            received = each.broadcast_bytes(messages[source] if is_source else None, source=source)
+            assert received == messages[source]
+            assert each.broadcast_bytes(b"\0" * each.rank, source=source) == b"\0" * source
+
+
+def check_control_does_not_queue(group: Group) -> None:
+    """Messages pass while a collective of the data group is in flight, and in any order with it."""
+    started = group.start_all_gather(torch.full((3,), group.rank))
+    assert group.control.all_gather_bytes(b"x") == [b"x"] * group.size
+    assert started.wait()[:, 0].tolist() == list(range(group.size))
+    group.control.barrier()
+    group.barrier()
+
+
+def check_subgroups(group: Group) -> None:
+    """All members, each alone, the two halves, and all but one; ranks count anew in each."""
+    everyone = list(range(group.size))
+    half = (group.size + 1) // 2
+    choices = [everyone, *([rank] for rank in everyone), everyone[:half]]
+    choices += [ranks for ranks in (everyone[half:], everyone[1:]) if ranks]
+    for ranks in choices:
+        part = group.subgroup(ranks)
+        assert (part is None) == (group.rank not in ranks)
+        if part is None:
+            continue
+        assert (part.rank, part.size) == (ranks.index(group.rank), len(ranks))
+        assert part.all_gather(torch.tensor(group.rank)).tolist() == ranks
+        assert part.start_all_gather(torch.tensor([group.rank])).wait().flatten().tolist() == ranks
+        names = part.control.all_gather_bytes(str(group.rank).encode())
+        assert names == [str(rank).encode() for rank in ranks]
+        if len(ranks) == 1:
+            assert isinstance(part, SoloGroup)
+        elif len(ranks) < group.size:
+            with pytest.raises(GroupMisuse, match="make subgroups from the group that join gave"):
+                part.subgroup([0])
+    for ranks in ([], [group.size], [0, 0], [1, 0], [-1]):
+        with pytest.raises(GroupMisuse, match="ascending ranks"):
+            group.subgroup(ranks)
     group.barrier()
 
 
@@ -140,7 +218,13 @@ CHECKS: tuple[Check, ...] = (
     check_send_and_receive,
     check_broadcast,
     check_masks_move,
+    check_started,
     check_misuse,
+)
+CHECKS_ONCE: tuple[Callable[[Group], None], ...] = (
+    check_bytes,
+    check_control_does_not_queue,
+    check_subgroups,
 )
 
 

@@ -92,9 +92,22 @@ def test_a_host_name_is_no_address_of_a_rendezvous() -> None:
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("inf"), float("nan")])
-def test_the_deadline_is_finite(timeout_s: float) -> None:
-    with pytest.raises(RendezvousInvalid, match="timeout_s"):
+def test_the_deadlines_are_finite(timeout_s: float) -> None:
+    with pytest.raises(RendezvousInvalid, match=r"^timeout_s"):
         read_rendezvous(GOOD, timeout_s=timeout_s)
+    with pytest.raises(RendezvousInvalid, match=r"^operation_timeout_s"):
+        read_rendezvous(GOOD, operation_timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "operation_timeout_s", "limit_s"),
+    [(30.0, None, 20.0), (5.0, None, 5.0), (5.0, 60.0, 60.0), (60.0, 2.0, 2.0)],
+)
+def test_operations_have_a_deadline_of_their_own(
+    timeout_s: float, operation_timeout_s: float | None, limit_s: float
+) -> None:
+    rendezvous = read_rendezvous(GOOD, timeout_s=timeout_s, operation_timeout_s=operation_timeout_s)
+    assert rendezvous.operation_limit_s == limit_s
 
 
 def test_loopback_binds_to_loopback_and_multicast_is_off_everywhere() -> None:
@@ -103,12 +116,20 @@ def test_loopback_binds_to_loopback_and_multicast_is_off_everywhere() -> None:
     assert near["GLOO_SOCKET_IFNAME"] == near["NCCL_SOCKET_IFNAME"] == "lo"
     assert "GLOO_SOCKET_IFNAME" not in far
     assert NO_MULTICAST.items() <= near.items() & far.items()
+    # The host is not held up by a wait, and NCCL's watchdog leaves the process alone.
+    assert (far["TORCH_NCCL_BLOCKING_WAIT"], far["TORCH_NCCL_ASYNC_ERROR_HANDLING"]) == ("0", "2")
 
 
 def test_settings_are_set_and_agreeing_ones_kept() -> None:
     environ = {"HOME": "/x", "NCCL_NVLS_ENABLE": "0"}
     apply_settings(environ, NO_MULTICAST)
     assert environ == {"HOME": "/x", **NO_MULTICAST}
+
+
+def test_what_torchrun_sets_by_itself_gives_way() -> None:
+    environ = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    apply_settings(environ, required_settings(read_rendezvous(GOOD)))
+    assert environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "2"
 
 
 @pytest.mark.parametrize("name", NO_MULTICAST)

@@ -17,7 +17,9 @@ DEADLINE_S = 5.0
 LOOPBACK = "0100007F"
 
 
-def start_ranks(scenario: str, *, size: int, victim: int = -1) -> list[subprocess.Popen[str]]:
+def start_ranks(
+    scenario: str, *, size: int, victim: int = -1, device: str = "cpu"
+) -> list[subprocess.Popen[str]]:
     """One process a rank, with a free port of their own."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -33,7 +35,7 @@ def start_ranks(scenario: str, *, size: int, victim: int = -1) -> list[subproces
     place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         subprocess.Popen(
-            [*command, str(DEADLINE_S)],
+            [*command, str(30.0 if scenario == "contract" else DEADLINE_S), device],
             cwd=ROOT,
             env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             | {"OMP_NUM_THREADS": "1"},
@@ -77,12 +79,30 @@ def test_contract_over_gloo_on_loopback_alone(size: int) -> None:
 
 
 @pytest.mark.parametrize(
+    "size",
+    [pytest.param(1, marks=pytest.mark.gpu), pytest.param(2, marks=pytest.mark.multi_gpu)],
+)
+def test_contract_over_nccl(size: int) -> None:
+    for code, seen, stderr in end_ranks(start_ranks("contract", size=size, device="cuda")):
+        assert code == 0, stderr
+        assert str(seen["device"]).startswith("cuda:")
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("scenario", ["die", "stop", "raise"])
+def test_a_rank_lost_over_nccl_is_noticed_and_named(scenario: str) -> None:
+    processes = start_ranks(scenario, size=2, victim=1, device="cuda")
+    ended = end_ranks(processes, stopped=1 if scenario == "stop" else -1)
+    assert (ended[0][0], ended[0][1]["error"], ended[0][1]["peer"]) == (3, "PeerLost", 1)
+
+
+@pytest.mark.parametrize(
     ("scenario", "size", "victim", "operation", "peer"),
     [
         ("die", 2, 0, "receive_", 0),
-        ("die", 3, 2, "all_gather", None),
-        ("stop", 2, 1, "all_gather", 1),
-        ("raise", 2, 1, "all_gather", 1),
+        ("die", 3, 2, "all_to_all", 2),
+        ("stop", 3, 1, "all_to_all", 1),
+        ("raise", 2, 1, "all_to_all", 1),
     ],
 )
 def test_a_lost_rank_is_noticed_and_named(

@@ -48,6 +48,75 @@ def test_sums_add_in_rank_order() -> None:
         assert result.item() == in_order.item()
 
 
+@given(
+    st.integers(min_value=1, max_value=3),
+    st.lists(st.tuples(st.sampled_from("rga"), st.integers(0, 9)), max_size=8),
+)
+def test_started_collectives_end_in_any_order_of_waiting(
+    size: int, sequence: list[tuple[str, int]]
+) -> None:
+    """Each rank waits in an order of its own; what was started in which order is the same."""
+
+    def work(group: Group) -> list[list[float]]:
+        brought = [
+            torch.full((size,), float(10 * idx + group.rank)) for idx in range(len(sequence))
+        ]
+        started = [
+            group.start_all_reduce_(tensor, op="max")
+            if step == "r"
+            else group.start_all_gather(tensor)
+            if step == "g"
+            else group.start_all_to_all(tensor)
+            for (step, _), tensor in zip(sequence, brought, strict=True)
+        ]
+        order = sorted(
+            range(len(started)), key=lambda idx: (sequence[idx][1] * (group.rank + 1)) % 7
+        )
+        for idx in order:
+            started[idx].wait()
+        return [pending.wait().flatten().tolist() for pending in started]
+
+    ranks = [float(rank) for rank in range(size)]
+    for results in run_threads(size, work):
+        for idx, ((step, _), result) in enumerate(zip(sequence, results, strict=True)):
+            base = 10.0 * idx
+            if step == "r":
+                assert result == [base + ranks[-1]] * size
+            elif step == "g":
+                assert result == [base + rank for rank in ranks for _ in ranks]
+            else:
+                assert result == [base + rank for rank in ranks]
+
+
+def test_a_loss_is_seen_in_subgroups_and_named_in_the_numbering_of_the_job() -> None:
+    def work(group: Group) -> None:
+        part = group.subgroup([1, 3])
+        if group.rank != 3 and part is not None:
+            part.start_all_gather(torch.zeros(3)).wait()
+
+    with pytest.raises(PeerLost, match=r"rank 1 lost rank 3 \(it ended\)") as caught:
+        run_threads(4, work)
+    assert (caught.value.rank, caught.value.operation) == (1, "all_gather")
+
+
+def test_a_failure_wakes_those_that_wait_on_the_control_group() -> None:
+    def work(group: Group) -> None:
+        if group.rank == 1:
+            raise ZeroDivisionError
+        group.control.broadcast_bytes(None, source=1)
+
+    with pytest.raises(ZeroDivisionError):
+        run_threads(2, work)
+
+
+def test_subgroups_of_other_ranks_are_refused() -> None:
+    def work(group: Group) -> None:
+        group.subgroup([0, 1] if group.rank else [0, 2])
+
+    with pytest.raises(GroupMisuse, match="same on all ranks"):
+        run_threads(3, work, timeout_s=5)
+
+
 def test_a_rank_that_raises_wakes_the_others() -> None:
     woken: list[str] = []
 

@@ -55,7 +55,8 @@ def test_coordinates_and_ranks_are_inverse(mesh: Mesh) -> None:
 
 @given(meshes)
 def test_context_ranks_partition_the_grid(mesh: Mesh) -> None:
-    groups = [list(mesh.context_ranks(head_idx)) for head_idx in range(mesh.heads)]
+    groups = [list(ranks) for ranks in mesh.context_groups]
+    assert groups == [list(mesh.context_ranks(head_idx)) for head_idx in range(mesh.heads)]
     assert [rank for group in groups for rank in group] == list(range(mesh.num_ranks))
     for head_idx, group in enumerate(groups):
         assert {mesh.coordinates_of(rank).head_idx for rank in group} == {head_idx}

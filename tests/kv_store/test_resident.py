@@ -13,6 +13,7 @@ from torch import Tensor
 from kv_store import (
     CLUSTER_TENSORS,
     ClusterTables,
+    Holding,
     InvalidSegment,
     ResidentDocument,
     Store,
@@ -24,10 +25,13 @@ from tests.kv_store.tiny import NAME, Input, ingest, make_input
 FIELDS = [name.removeprefix("cluster_") for name in CLUSTER_TENSORS]
 
 
-def resident_by_segments(given_input: Input, dtype: torch.dtype) -> ResidentDocument:
-    resident = ResidentDocument.for_layout(given_input.layout, dtype=dtype, device="cpu")
+def resident_by_segments(
+    given_input: Input, dtype: torch.dtype, holding: Holding | None = None
+) -> ResidentDocument:
+    whole = Holding.whole(given_input.layout)
+    resident = ResidentDocument(holding or whole, dtype=dtype, device="cpu")
     for segment_idx in range(given_input.layout.num_segments):
-        resident.append(given_input.segment(segment_idx))
+        resident.append(segment_idx, dict(enumerate(given_input.segment(segment_idx))))
     resident.freeze()
     return resident
 
@@ -37,12 +41,10 @@ def assert_same(ours: ResidentDocument, theirs: ResidentDocument) -> None:
         (ours.k, theirs.k),
         (ours.v, theirs.v),
         (ours.positions, theirs.positions),
-        (ours.sliding_k, theirs.sliding_k),
-        (ours.sliding_v, theirs.sliding_v),
     ):
         assert len(left) == len(right)
         assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-    assert ours.sliding_start == theirs.sliding_start
+    assert_same_tails(ours, theirs)
     assert len(ours.clusters) == len(theirs.clusters)
     for a, b in zip(ours.clusters, theirs.clusters, strict=True):
         assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in FIELDS)
@@ -86,6 +88,13 @@ def test_from_disk_equals_by_segments(
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def assert_same_tails(ours: ResidentDocument, theirs: ResidentDocument) -> None:
+    for left, right in ((ours.sliding_k, theirs.sliding_k), (ours.sliding_v, theirs.sliding_v)):
+        assert len(left) == len(right)
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    assert ours.sliding_start == theirs.sliding_start
+
+
 def assert_is_what_was_appended(
     resident: ResidentDocument, source: Input, dtype: torch.dtype
 ) -> None:
@@ -93,20 +102,17 @@ def assert_is_what_was_appended(
     layout = source.layout
     segments = [source.segment(s) for s in range(layout.num_segments)]
     for g in range(layout.num_kv_heads):
+        own = slice(*resident.holding.head_bounds[g : g + 2])
         for name, layers in (("k", resident.k), ("v", resident.v)):
             whole = torch.cat([heads[g][name] for heads in segments], dim=1).to(dtype)
-            assert all(torch.equal(layers[i][g], whole[i]) for i in range(len(layers)))
+            assert all(torch.equal(layers[i][own], whole[i]) for i in range(len(layers)))
         positions = torch.cat([heads[g]["positions"] for heads in segments], dim=1)
-        assert torch.equal(torch.stack(resident.positions)[:, g], positions)
+        assert torch.equal(torch.stack(resident.positions)[:, own], positions)
     width = min(layout.num_tokens, layout.sliding_window)
     for i, tail in enumerate(resident.sliding_k):
         whole = torch.cat([torch.stack([h["sliding_k"][i] for h in s]) for s in segments], dim=1)
         assert torch.equal(tail, whole[:, whole.shape[1] - width :].to(dtype))
         assert resident.sliding_start == layout.num_tokens - width
-
-
-def column(table: Tensor, g: int, sizes: Tensor) -> Tensor:
-    return table[g][sizes[g] > 0]
 
 
 def test_clusters_keep_their_order_and_number_their_slots_globally() -> None:
@@ -116,30 +122,83 @@ def test_clusters_keep_their_order_and_number_their_slots_globally() -> None:
     segments = [source.segment(s) for s in range(layout.num_segments)]
     assert len(tables) == layout.num_full_layers
     for i, table in enumerate(tables):
-        assert table.sizes.shape == (2, sum(2 + s for s in range(3)))
+        assert table.columns == ((0, 1, 3, 6), (0, 2, 5, 9))
+        assert table.sizes.shape == (2, 9)
         for g in range(layout.num_kv_heads):
-            starts = [h[g]["cluster_starts"][i] + 8 * s for s, h in enumerate(segments)]
-            assert torch.equal(column(table.starts, g, table.sizes), torch.cat(starts).long())
+            width = table.columns[g][-1]
+            first = g * layout.num_tokens
+            starts = [first + h[g]["cluster_starts"][i] + 8 * s for s, h in enumerate(segments)]
+            assert torch.equal(table.starts[g, :width], torch.cat(starts).long())
+            assert not table.sizes[g, width:].any()
             for name in ("centroids", "value_sums", "variances", "radii"):
                 wanted = torch.cat([h[g][name][i] for h in segments])
-                assert torch.equal(column(getattr(table, name), g, table.sizes), wanted)
+                assert torch.equal(getattr(table, name)[g, :width], wanted)
 
 
 def test_groups_point_at_the_columns_of_their_clusters() -> None:
     source = make_input()
-    resident = ResidentDocument.for_layout(source.layout, dtype=torch.float32, device="cpu")
-    first_columns = []
+    resident = ResidentDocument(Holding.whole(source.layout), dtype=torch.float32, device="cpu")
     for segment_idx in range(source.layout.num_segments):
         heads = source.segment(segment_idx)
         for head in heads:
             head["group_starts"].zero_()
-        first_columns.append(sum(2 + s for s in range(segment_idx)))
-        resident.append(heads)
+        resident.append(segment_idx, dict(enumerate(heads)))
     resident.freeze()
     table = resident.clusters[0]
     for g in range(source.layout.num_kv_heads):
-        wanted = [first for first in first_columns for _ in range(1 + g)]
-        assert column(table.group_starts, g, table.group_counts).tolist() == wanted
+        wanted = [first for first in table.columns[g][:-1] for _ in range(1 + g)]
+        assert table.group_starts[g, : len(wanted)].tolist() == wanted
+
+
+SHARDS = [((0, 2), (1,)), ((2, 1, 0), ()), ((), (2, 0))]
+
+
+@pytest.mark.parametrize("segments", SHARDS)
+@pytest.mark.parametrize("from_disk", [False, True])
+def test_a_shard_holds_its_segments_in_its_order(
+    segments: tuple[tuple[int, ...], ...], from_disk: bool, tmp_path: Path
+) -> None:
+    source = make_input()
+    layout = source.layout
+    holding = Holding(layout=layout, first_kv_head=0, segments=segments)
+    if from_disk:
+        ingest(Store(tmp_path), source)
+        with Store(tmp_path).open(NAME) as document:
+            shard = load_resident(document, dtype=torch.float32, device="cpu", holding=holding)
+    else:
+        shard = resident_by_segments(source, torch.float32, holding)
+    whole = resident_by_segments(source, torch.float32)
+    assert_same_tails(shard, whole)
+    assert (
+        holding.num_slots
+        == shard.k[0].shape[0]
+        == sum(20 - 8 * 2 if s == 2 else 8 for held in segments for s in held)
+    )
+    for g, held in enumerate(segments):
+        for place, s in enumerate(held):
+            for name in ("k", "v", "positions"):
+                assert torch.equal(shard.slots(name, s, g), whole.slots(name, s, g))
+            first = shard.clusters[0].columns[g][place]
+            there = whole.clusters[0].columns[g][s]
+            width = whole.clusters[0].columns[g][s + 1] - there
+            offset = holding.slots_of(s, g)[0] - whole.holding.slots_of(s, g)[0]
+            for ours, theirs in zip(shard.clusters, whole.clusters, strict=True):
+                starts = ours.starts[g, first : first + width]
+                assert torch.equal(starts, theirs.starts[g, there : there + width] + offset)
+                own = ours.centroids[g, first : first + width]
+                assert torch.equal(own, theirs.centroids[g, there : there + width])
+
+
+def test_a_shard_of_one_kv_head_knows_no_other() -> None:
+    source = make_input()
+    holding = Holding(layout=source.layout, first_kv_head=1, segments=((0, 1, 2),))
+    shard, whole = (resident_by_segments(source, torch.float32, held) for held in (holding, None))
+    for ours, theirs in zip(shard.k, whole.k, strict=True):
+        assert torch.equal(ours, theirs[source.layout.num_tokens :])
+    for ours, theirs in zip(shard.sliding_k, whole.sliding_k, strict=True):
+        assert torch.equal(ours, theirs[1:])
+    with pytest.raises(ValueError, match="KV heads 1 to 3"):
+        Holding(layout=source.layout, first_kv_head=1, segments=((), ()))
 
 
 def test_padding_is_not_stored_and_not_resident(tmp_path: Path) -> None:
@@ -166,12 +225,12 @@ def pad_columns(head: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_a_document_without_slots_for_clusters_has_empty_tables() -> None:
     source = make_input(4)
-    resident = ResidentDocument.for_layout(source.layout, dtype=torch.float32, device="cpu")
+    resident = ResidentDocument(Holding.whole(source.layout), dtype=torch.float32, device="cpu")
     heads = [
         {n: t[:, :0] if n in CLUSTER_TENSORS else t for n, t in head.items()}
         for head in source.segment(0)
     ]
-    resident.append(heads)
+    resident.append(0, dict(enumerate(heads)))
     resident.freeze()
     table: ClusterTables = resident.clusters[1]
     assert table.sizes.shape == (2, 0)
@@ -180,13 +239,16 @@ def test_a_document_without_slots_for_clusters_has_empty_tables() -> None:
 
 def test_appending_more_than_there_is_room_for() -> None:
     source = make_input(8)
-    resident = ResidentDocument.for_layout(source.layout, dtype=torch.float32, device="cpu")
+    resident = ResidentDocument(Holding.whole(source.layout), dtype=torch.float32, device="cpu")
     with pytest.raises(InvalidSegment, match="0 tokens resident, wanted 8"):
         resident.freeze()
-    resident.append(source.segment(0))
+    heads = dict(enumerate(source.segment(0)))
+    with pytest.raises(InvalidSegment, match=r"KV heads \[0\]; limit all of \[0, 1\]"):
+        resident.append(0, {0: heads[0]})
+    resident.append(0, heads)
     assert resident.num_sealed == 8
-    with pytest.raises(InvalidSegment, match="up to token 16; limit 2 and 8"):
-        resident.append(source.segment(0))
+    with pytest.raises(InvalidSegment, match="segment 0 after 8 of 8 tokens"):
+        resident.append(0, heads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,7 +12,7 @@ from orchestrator.errors import ModelDamaged
 from orchestrator.model import load as loading
 from orchestrator.model.gguf_file import open_gguf
 from orchestrator.model.hf_weights import read_hf_config
-from orchestrator.model.load import load_model
+from orchestrator.model.load import Loading, load_model
 from orchestrator.model.tokenizer_files import load_gguf_tokenizer
 from tests.model.dense import dense_logits
 from tests.model.gguf_files import write_gguf
@@ -44,7 +44,7 @@ def test_both_formats_give_one_model(pair: tuple[Path, Path]) -> None:
 
 def test_dtype_is_the_one_asked_for(pair: tuple[Path, Path]) -> None:
     for path in pair:
-        assert load_model(str(path), dtype=torch.bfloat16).decoder.dtype == torch.bfloat16
+        assert load_model(str(path), Loading(dtype=torch.bfloat16)).decoder.dtype == torch.bfloat16
 
 
 def test_fingerprint_is_of_bytes_and_not_of_paths(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_fingerprint_is_of_bytes_and_not_of_paths(pair: tuple[Path, Path], tmp_p
 
 def test_shapes_say_that_they_are_random(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "shape_config", lambda name: shrink("qwen2.5-7b-1m"))
-    model = load_model("shape:qwen2.5-7b-1m@6", dtype=torch.bfloat16)
+    model = load_model("shape:qwen2.5-7b-1m@6", Loading(dtype=torch.bfloat16))
     assert model.is_random
     text = "héllo"
     ids, spans = model.tokenizer.encode(text)

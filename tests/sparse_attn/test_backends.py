@@ -57,57 +57,96 @@ def test_attend_causal(num_tokens: int) -> None:
 @pytest.mark.parametrize("num_tokens", [1, 2, 9])
 def test_attend_over_no_key_is_empty(num_tokens: int) -> None:
     q, k, v = random_qkv(num_tokens, 0)
-    part, shares = torch_backend.attend_shared(q, k, v, scale=SCALE)
-    assert_same(part, reference.attend(q, k, v, scale=SCALE))
-    assert shares.shape == (num_tokens, 6, 0)
     assert_same(torch_backend.attend(q, k, v, scale=SCALE), reference.attend(q, k, v, scale=SCALE))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
-def test_attend_shared(num_tokens: int) -> None:
-    q, k, v = random_qkv(num_tokens, 33)
-    part, shares = torch_backend.attend_shared(q, k, v, scale=SCALE)
-    expected, expected_shares = reference.attend_shared(q, k, v, scale=SCALE)
-    assert_same(part, expected)
-    torch.testing.assert_close(shares, expected_shares, atol=1e-5, rtol=0)
-
-
-def test_key_mass_is_each_key_of_the_whole() -> None:
-    q, k, v = random_qkv(3, 33)
-    whole = reference.attend(q, k, v, scale=SCALE)
-    ours = torch_backend.key_mass(q, k[:, :20], whole.lse, scale=SCALE)
-    expected = reference.key_mass(q, k[:, :20], whole.lse, scale=SCALE)
-    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
-    rest = torch_backend.key_mass(q, k[:, 20:], whole.lse, scale=SCALE)
-    torch.testing.assert_close(ours.sum(dim=-1) + rest.sum(dim=-1), torch.ones(3, 6))
-
-
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_attend_slots_with_padding_and_an_empty_head(is_masked: bool) -> None:
-    q, k, v = random_qkv(3, 40)
-    # A slice of a larger buffer, as resident KV is: gathering must honour its strides.
-    k, v = (torch.cat([x, x], dim=1)[:, :40] for x in (k, v))
-    slots = torch.tensor([[3, 0, 39, 7, -1], [-1, -1, -1, -1, -1]])
+def test_attend_scored(num_tokens: int, is_masked: bool) -> None:
+    q, k, v = random_qkv(num_tokens, 33, num_heads=3, num_kv_heads=1)
     visible = None
     if is_masked:
-        visible = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(2)) < 0.6
-        visible[0, 1] = False
-    part, shares = torch_backend.attend_slots(q, k, v, slots, visible=visible, scale=SCALE)
-    expected, expected_shares = reference.attend_slots(q, k, v, slots, visible=visible, scale=SCALE)
-    assert_same(part, expected)
-    torch.testing.assert_close(shares, expected_shares, atol=1e-5, rtol=0)
+        visible = torch.rand(num_tokens, 33, generator=torch.Generator().manual_seed(2)) < 0.6
+        visible[0] = False
+    part, scores = torch_backend.attend_scored(q, k[0], v[0], visible=visible, scale=SCALE)
+    assert_same(part, reference.attend(q, k, v, scale=SCALE, mask=visible))
+    expected = reference.score_keys(q, k[0], scale=SCALE)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+    _, own = reference.attend_scored(q, k[0], v[0], visible=visible, scale=SCALE)
+    torch.testing.assert_close(own, expected, atol=0, rtol=0)
+
+
+def test_score_keys() -> None:
+    q, k, _ = random_qkv(3, 33, num_heads=3, num_kv_heads=1)
+    ours = torch_backend.score_keys(q, k[0], scale=SCALE)
+    expected = torch.einsum("thd,sd->ths", q, k[0]) * SCALE
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reference.score_keys(q, k[0], scale=SCALE), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_score_units(num_tokens: int) -> None:
+    q, centroids, _ = random_qkv(num_tokens, 21, num_heads=3, num_kv_heads=1, spread=3.0)
+    variances = torch.rand(21, 16, generator=torch.Generator().manual_seed(5)) * 2
+    sizes = torch.arange(21)
+    log_sizes = torch.log(sizes.float())
+    critical = (2 * log_sizes.clamp(min=0.0)).sqrt()
+    units = (centroids[0].half(), variances.half(), log_sizes, critical)
+    for ours, expected in zip(
+        torch_backend.score_units(q, *units, scale=SCALE),
+        reference.score_units(q, *units, scale=SCALE),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_attend_estimated_with_a_row_without_units() -> None:
     generator = torch.Generator().manual_seed(3)
-    log_mass = torch.randn(2, 6, 9, generator=generator)
+    log_mass = torch.randn(2, 3, 9, generator=generator)
     log_mass[0, 0] = -torch.inf
-    value_sums = torch.randn(2, 9, 16, generator=generator)
-    sizes = torch.arange(1, 19).view(2, 9)
+    value_sums = torch.randn(9, 16, generator=generator)
+    sizes = torch.arange(1, 10)
     assert_same(
         torch_backend.attend_estimated(log_mass, value_sums, sizes),
         reference.attend_estimated(log_mass, value_sums, sizes),
     )
+    assert torch.equal(
+        torch_backend.log_sum_exp(log_mass)[0, 0], reference.log_sum_exp(log_mass)[0, 0]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 5])
+def test_gather_rows(dtype: torch.dtype, head_dim: int) -> None:
+    x = torch.randn(9, head_dim, generator=torch.Generator().manual_seed(4)).to(dtype)
+    rows = torch.tensor([8, 0, 3, 3])
+    assert torch.equal(torch_backend.gather_rows(x, rows), x[rows])
+    assert torch.equal(reference.gather_rows(x, rows), x[rows])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_split(name: str, num_tokens: int, dtype: torch.dtype) -> None:
+    """A piece of the columns has the bits that it has wherever it lies, at widths of every kind."""
+    backend = find_backend(name)
+    generator = torch.Generator().manual_seed(6)
+    for width in (16, 50, 576):
+        x = torch.randn(num_tokens, width, generator=generator).to(dtype)
+        weight = torch.randn(61, width, generator=generator).to(dtype)
+        bias = torch.randn(61, generator=generator).to(dtype)
+        bounds = (0, 7, 7, 24, 37, 61)
+        whole = backend.linear_split(x, weight, bias, bounds)
+        exact = x.double() @ weight.double().T + bias.double()
+        tolerance = 1e-4 if dtype == torch.float32 else 0.3
+        torch.testing.assert_close(whole.double(), exact, atol=tolerance, rtol=2e-2)
+        for first, last in ((0, 1), (1, 3), (2, 5), (3, 4), (1, 2)):
+            start, stop = bounds[first], bounds[last]
+            own = tuple(bound - start for bound in bounds[first : last + 1])
+            rows = slice(start, stop)
+            alone = backend.linear_split(x, weight[rows].clone(), bias[rows], own)
+            assert torch.equal(alone, whole[:, rows])
+    assert backend.linear_split(x, weight[:0], None, (0,)).shape == (num_tokens, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,263 @@
+"""What a question costs beside plain products: the host's seconds a layer, reading KV, looking up.
+
+Owns a decoder so narrow that its products vanish, on synthetic documents of several lengths: the
+differences are what attention takes. Everything runs through the code that answers questions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from orchestrator.calibration.arithmetic import Probe
+from orchestrator.errors import CalibrationFailed
+from orchestrator.evaluation.synthetic import synthetic_context
+from orchestrator.model.attention import QuestionAttention
+from orchestrator.model.config import ModelConfig
+from orchestrator.model.context import DocumentContext
+from orchestrator.model.decoder import Decoder
+from orchestrator.model.recorder import Recorder
+from orchestrator.model.shapes import random_weights, shape_config
+from orchestrator.planner.topology import Curve
+from orchestrator.planner.workload import ClusterRule
+from orchestrator.steps import AttentionPlan
+
+_REPEATS, _ATTEMPTS = 8, 4
+_LEAST_S = 1e-7
+# One query in so many of a layer has its recall sampled, as in an answer.
+_RECALL_PERIOD = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuestionSizes:
+    """Documents and questions that are timed. short: one with next to nothing to read; long: one
+    that no cache holds; segment_tokens: of both; tokens: of a question; keys: a query retrieves.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dims: tuple[int, ...]
+    short: int
+    long: int
+    segment_tokens: int
+    tokens: int
+    keys: int
+
+
+QUESTIONS_ON_CPU = QuestionSizes(
+    layers=4,
+    heads=9,
+    kv_heads=3,
+    head_dims=(64, 128),
+    short=256,
+    long=8192,
+    segment_tokens=1024,
+    tokens=32,
+    keys=512,
+)
+QUESTIONS_ON_GPU = replace(
+    QUESTIONS_ON_CPU, heads=32, kv_heads=8, head_dims=(128,), long=65_536, segment_tokens=8192
+)
+TINY_QUESTIONS = QuestionSizes(
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dims=(16,),
+    short=256,
+    long=1024,
+    segment_tokens=256,
+    tokens=4,
+    keys=64,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuestionRates:
+    """Of `planner.topology.Rates`, those that questions decide."""
+
+    exact_layer_s: float
+    centroid_layer_s: float
+    exact_tile_s: float
+    centroid_tile_s: float
+    run_s: float
+    kv_bytes_per_s: float
+    lookup_bytes_per_s: float
+    lookup_flops_per_s: Curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """A narrow model of one head dim, and its short and long document."""
+
+    cfg: ModelConfig
+    decoder: Decoder
+    short: DocumentContext
+    long: DocumentContext
+
+
+def make_documents(probe: Probe, sizes: QuestionSizes, head_dim: int) -> Documents:
+    """Draw and cluster both documents; what takes longest of a calibration."""
+    base = shape_config(f"shape:llama-3.1-8b@{sizes.layers}")
+    cfg = replace(
+        base,
+        model_dim=32,
+        mlp_dim=32,
+        vocab_size=32,
+        num_heads=sizes.heads,
+        num_kv_heads=sizes.kv_heads,
+        head_dim=head_dim,
+    )
+    device = probe.stopwatch.device
+    short, long = (
+        synthetic_context(
+            cfg,
+            num_tokens=num_tokens,
+            segment_tokens=sizes.segment_tokens,
+            dtype=probe.dtype,
+            device=device,
+        )
+        for num_tokens in (sizes.short, sizes.long)
+    )
+    weights = random_weights(cfg, dtype=probe.dtype, device=device)
+    # Products in pieces are timed by `question_curve`, with what each piece takes by itself.
+    decoder = Decoder(cfg, weights, probe.backend.linear)
+    return Documents(cfg=cfg, decoder=decoder, short=short, long=long)
+
+
+def measure_questions(
+    probe: Probe, sizes: QuestionSizes, documents: dict[int, Documents]
+) -> QuestionRates:
+    """Rates from differences of forwards; documents: by head dim. Raises CalibrationFailed."""
+    first = documents[sizes.head_dims[0]]
+    exact_s, read_s = _short_and_more(probe, sizes, first, mode="exact", tokens=1)
+    centroid_s, found_s = _short_and_more(probe, sizes, first, mode="centroid", tokens=1)
+    dense, looked_up = time_dense(probe, sizes, first), time_lookup(probe, sizes, first)
+    others = sizes.head_dims[1:]
+    lookup = [(float(first.cfg.head_dim), looked_up.flops_per_s)]
+    lookup += [(float(n), time_lookup(probe, sizes, documents[n]).flops_per_s) for n in others]
+    D, item, layers = first.cfg.head_dim, probe.dtype.itemsize, sizes.layers
+    kv_bytes = 2 * D * item * sizes.kv_heads * (sizes.long - sizes.short)
+    return QuestionRates(
+        exact_layer_s=exact_s / layers,
+        centroid_layer_s=centroid_s / layers,
+        exact_tile_s=dense.tile_s,
+        centroid_tile_s=looked_up.tile_s,
+        run_s=dense.run_s,
+        kv_bytes_per_s=kv_bytes * layers / read_s,
+        lookup_bytes_per_s=_lookup_bytes(sizes, D, item) * layers / found_s,
+        lookup_flops_per_s=Curve(points=tuple(lookup)),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookupTime:
+    """Several question tokens that look up: flops/s, and a layer's seconds beside them."""
+
+    flops_per_s: float
+    tile_s: float
+
+
+def time_lookup(probe: Probe, sizes: QuestionSizes, documents: Documents) -> LookupTime:
+    """6 D flops a unit and 4 D a key read, by query and head: `Cost.selected_attention_s`."""
+    short_s, more_s = _short_and_more(probe, sizes, documents, mode="centroid", tokens=sizes.tokens)
+    rows = sizes.tokens * sizes.heads * documents.cfg.head_dim
+
+    def flops(num_keys: int) -> float:
+        units = ClusterRule().columns_of(num_keys)
+        return rows * (6.0 * units + 4.0 * min(sizes.keys, num_keys))
+
+    rate = sizes.layers * (flops(sizes.long) - flops(sizes.short)) / more_s
+    tile_s = short_s / sizes.layers - flops(sizes.short) / rate
+    return LookupTime(flops_per_s=rate, tile_s=max(tile_s, _LEAST_S))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseTime:
+    """Several question tokens that read everything: what each further run (a segment of a KV head)
+    adds, and a layer's seconds, beside the arithmetic.
+    """
+
+    run_s: float
+    tile_s: float
+
+
+def time_dense(probe: Probe, sizes: QuestionSizes, documents: Documents) -> DenseTime:
+    """Both documents, less what attention takes where it is one call."""
+    short_s, more_s = _short_and_more(probe, sizes, documents, mode="exact", tokens=sizes.tokens)
+    D = documents.cfg.head_dim
+    q = probe.random(sizes.tokens, sizes.heads, D)
+    k, v = (probe.random(sizes.kv_heads, sizes.long, D) for _ in range(2))
+    arithmetic_s = probe.best_s(lambda: probe.backend.attend(q, k, v, scale=0.1))
+    runs = (-(-sizes.long // sizes.segment_tokens) - 1) * sizes.kv_heads
+    run_s = (more_s / sizes.layers - arithmetic_s) / max(1, runs)
+    tile_s = short_s / sizes.layers - arithmetic_s * sizes.short / sizes.long
+    return DenseTime(run_s=max(run_s, _LEAST_S), tile_s=max(tile_s, _LEAST_S))
+
+
+def _short_and_more(
+    probe: Probe, sizes: QuestionSizes, documents: Documents, *, mode: str, tokens: int
+) -> tuple[float, float]:
+    """Seconds of a forward over the short document, and how many more the long one takes.
+
+    Measured again where the long one took no longer: another program was in the way.
+    """
+    for _ in range(_ATTEMPTS):
+        short_s, long_s = (
+            forward_s(probe, sizes, documents, context, mode=mode, tokens=tokens)
+            for context in (documents.short, documents.long)
+        )
+        if long_s > short_s:
+            return short_s, long_s - short_s
+    raise CalibrationFailed(
+        f"calibration: {sizes.long} keys took {long_s * 1e3:.2f} ms and {sizes.short} keys "
+        f"{short_s * 1e3:.2f} ms in mode {mode}; limit more for more keys; run it again while "
+        "nothing else computes"
+    )
+
+
+def forward_s(
+    probe: Probe,
+    sizes: QuestionSizes,
+    documents: Documents,
+    context: DocumentContext,
+    *,
+    mode: str,
+    tokens: int,
+) -> float:
+    """Least seconds of a forward of some question tokens; every repeat is a question of its own."""
+    decoder, cfg = documents.decoder, documents.cfg
+    plan = AttentionPlan(
+        mode=mode,
+        keys=sizes.keys if mode == "centroid" else 0,
+        recall_period=_RECALL_PERIOD,
+    )
+    recorder = Recorder(context.resident, context.place, recall_period=plan.recall_period)
+    ids = torch.zeros(tokens, dtype=torch.int64, device=decoder.device)
+    positions = torch.arange(context.num_tokens, context.num_tokens + tokens, device=ids.device)
+
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(_REPEATS):
+            attention = QuestionAttention(
+                context,
+                plan,
+                probe.backend,
+                recorder,
+                scale=cfg.attention_scale,
+                windows=cfg.windows,
+                capacity_tokens=tokens,
+            )
+            work = partial(decoder.forward, ids, positions, attention)
+            best = min(best, probe.stopwatch.once_s(work))
+    return best
+
+
+def _lookup_bytes(sizes: QuestionSizes, head_dim: int, item_bytes: int) -> int:
+    """Bytes that a look-up in the long document reads more than one in the short, by layer."""
+    rule = ClusterRule()
+    units = rule.columns_of(sizes.long) - rule.columns_of(sizes.short)
+    keys = sizes.keys - min(sizes.keys, sizes.short)
+    return sizes.kv_heads * head_dim * (3 * 2 * units + 2 * item_bytes * keys)

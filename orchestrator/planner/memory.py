@@ -1,0 +1,259 @@
+"""Bytes that one rank needs: what stays, and the most that is alive beside it at any moment.
+
+Owns the list of buffers of each phase and the rule that turns it into a peak, one for GPUs
+(allocated bytes) and one for CPUs (what the process keeps). docs/cost_model.md, section 3, derives
+both. Refuses to know seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from collectives.mesh import Mesh
+from orchestrator.planner.shards import head_share, matrix_share, slot_share, widest_shard
+from orchestrator.planner.topology import Topology
+from orchestrator.planner.workload import Choice, Workload
+
+_FLOAT, _INT, _LONG, _HALF = 4, 4, 8, 2
+# glibc gives blocks up to this size from its heap, and the heap keeps what is freed inside it.
+HEAP_BLOCK_BYTES = 32 << 20
+# Vocabulary and merges of a tokenizer as Rust and Python hold them: measured on a vocabulary of
+# 49,152 (docs/cost_model.md, section 3).
+TOKENIZER_BYTES_PER_ENTRY = 480
+# A quantised file is undone in pieces of this size (`model/gguf_file.py`).
+_PIECE_BYTES = 1 << 26
+# Tile in which question tokens look up together (`AttentionPlan.tile_tokens`).
+_TILE_TOKENS = 64
+
+Phase = tuple[int, ...]
+"""Bytes of each buffer that is alive at one moment."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """Bytes of one rank. open_segment: of an ingest; tables: of the clusters; temporary: the peak
+    of what comes and goes; process: libraries and tokenizer, and on a GPU what no tensor holds.
+    """
+
+    weights: int
+    kv: int
+    tables: int
+    open_segment: int
+    temporary: int
+    process: int
+
+    @property
+    def tensors(self) -> int:
+        """What an allocator has given out at its peak."""
+        return self.weights + self.kv + self.tables + self.open_segment + self.temporary
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.tensors + self.process
+
+    def to_json(self) -> dict[str, int]:
+        """Plain values, with the total."""
+        parts = ("weights", "kv", "tables", "open_segment", "temporary", "process", "total")
+        return {f"{name}_bytes": getattr(self, name) for name in parts}
+
+
+def weight_bytes(workload: Workload, mesh: Mesh, rank: int, item_bytes: int) -> int:
+    """Bytes of a rank's weights: matrices in `item_bytes`, norms in float32."""
+    cfg = workload.cfg
+    share = matrix_share(cfg, mesh, rank)
+    embeddings = (1 if cfg.tie_embeddings else 2) * share.embedding
+    return item_bytes * (cfg.num_layers * share.layer + embeddings) + _FLOAT * share.norms
+
+
+def kv_bytes(workload: Workload, mesh: Mesh, rank: int, dtype: str, item_bytes: int) -> int:
+    """Bytes of the k, v and positions that a rank holds, and of its sliding-window keys, which
+    every rank of a head group keeps.
+    """
+    cfg, layout = workload.cfg, workload.layout(dtype)
+    slots = slot_share(layout, mesh, workload.clusters).held[rank]
+    per_slot = 2 * cfg.head_dim * item_bytes + _INT
+    sliding_tokens = min(workload.num_tokens, layout.sliding_window)
+    sliding = 2 * cfg.head_dim * item_bytes * sliding_tokens * head_share(cfg, mesh).group_kv_heads
+    return layout.num_full_layers * slots * per_slot + layout.num_sliding_layers * sliding
+
+
+def table_bytes(workload: Workload, mesh: Mesh, rank: int, dtype: str, *, is_indexed: bool) -> int:
+    """Bytes of a rank's cluster tables as files hold them; is_indexed: with what a look-up adds."""
+    share = slot_share(workload.layout(dtype), mesh, workload.clusters)
+    per_row = 3 * workload.cfg.head_dim * _HALF + 3 * _INT
+    added = 3 * _FLOAT + 3 * _LONG if is_indexed else 0
+    per_layer = share.columns[rank] * (per_row + added)
+    per_layer += share.groups[rank] * (per_row + _INT + added)
+    return len(workload.cfg.full_layers) * per_layer
+
+
+def open_segment_bytes(workload: Workload, mesh: Mesh, item_bytes: int) -> int:
+    """Bytes of the segment that is being filled: every layer, the head group's KV heads."""
+    cfg = workload.cfg
+    heads = head_share(cfg, mesh).group_kv_heads
+    return cfg.num_layers * heads * workload.segment_tokens * 2 * cfg.head_dim * item_bytes
+
+
+def ingest_memory(workload: Workload, choice: Choice, topology: Topology) -> MemoryUse:
+    """The fullest rank's memory while it ingests."""
+    phases = [chunk_phase(workload, choice, topology), *cluster_phases(workload, choice, topology)]
+    return max(
+        (
+            _use(
+                workload,
+                choice.mesh,
+                rank,
+                topology,
+                phases=phases,
+                tables=table_bytes(workload, choice.mesh, rank, topology.dtype, is_indexed=False),
+                open_segment=open_segment_bytes(workload, choice.mesh, topology.item_bytes),
+            )
+            for rank in range(choice.mesh.num_ranks)
+        ),
+        key=lambda use: use.total,
+    )
+
+
+def question_memory(workload: Workload, choice: Choice, topology: Topology) -> MemoryUse:
+    """The fullest rank's memory while it answers."""
+    is_selecting = choice.reading.mode == "centroid"
+    phases = [question_phase(workload, choice, topology)]
+    return max(
+        (
+            _use(
+                workload,
+                choice.mesh,
+                rank,
+                topology,
+                phases=phases,
+                tables=table_bytes(workload, choice.mesh, rank, topology.dtype, is_indexed=True)
+                if is_selecting
+                else 0,
+                open_segment=0,
+            )
+            for rank in range(choice.mesh.num_ranks)
+        ),
+        key=lambda use: use.total,
+    )
+
+
+def chunk_phase(workload: Workload, choice: Choice, topology: Topology) -> Phase:
+    """Buffers of one layer of a prefill chunk, attention and MLP at once: they take turns, and what
+    one has freed the other uses.
+    """
+    cfg, T, item = workload.cfg, choice.chunk_tokens, topology.item_bytes
+    heads, shard = head_share(cfg, choice.mesh), widest_shard(cfg, choice.mesh)
+    rotated = heads.group_heads + heads.group_kv_heads
+    stream = 3 * [T * cfg.model_dim * item]  # the stream, its norm, a branch
+    projected = [T * (rotated + heads.group_kv_heads) * cfg.head_dim * item]
+    rotation = [T * rotated * cfg.head_dim * item]
+    own = T * heads.own_heads * cfg.head_dim
+    causal = 3 * [own * item] + [own * _FLOAT]  # keys and values of every query head; out; part
+    sealed = T * heads.group_heads * cfg.head_dim
+    parts = [sealed * item, sealed * item, sealed * _FLOAT, own * _FLOAT, own * _FLOAT]
+    attention = [*stream, *projected, *rotation, *causal, *parts]
+    attention += _gathered(T * cfg.num_heads * cfg.head_dim * item, choice.mesh)
+    inner = [3 * T * shard.mlp.width * item]  # gate, up, and the activation
+    mlp = [*stream, *inner, *_gathered(T * cfg.mlp_dim * item, choice.mesh)]
+    return tuple(max(attention, mlp, key=sum))
+
+
+def cluster_phases(workload: Workload, choice: Choice, topology: Topology) -> list[Phase]:
+    """Buffers while a full segment is clustered, put in slot order, and written."""
+    cfg, rule, item = workload.cfg, workload.clusters, topology.item_bytes
+    layout = workload.layout(topology.dtype)
+    share = slot_share(layout, choice.mesh, rule)
+    tokens = min(workload.segment_tokens, workload.num_tokens)
+    heads, layers, D = max(share.owned_heads), len(cfg.full_layers), cfg.head_dim
+    B = heads * layers
+    clusters, columns = rule.clusters_of(tokens), rule.columns_of(tokens)
+    stored, wide, labels = B * tokens * D * item, B * tokens * D * _FLOAT, B * tokens * _LONG
+    widened = [] if item == _FLOAT else [wide, wide]
+    tables = (3 * D * _HALF + 3 * _INT) * B * (columns + rule.groups_of(tokens))
+    centres = B * clusters * D * _FLOAT
+    own = [stored, stored, *widened]
+    kmeans = [*own, B * tokens * clusters * _FLOAT, wide, centres, centres, labels, labels]
+    statistics = [*own, wide, wide, labels, labels, tables]
+    ordered = [stored, stored, stored, stored, labels, labels, tables]
+    each = stored // max(1, heads)
+    written = [stored, stored, *(2 * heads * [each]), tables, tables]
+    return [tuple(kmeans), tuple(statistics), tuple(ordered), tuple(written)]
+
+
+def question_phase(workload: Workload, choice: Choice, topology: Topology) -> Phase:
+    """Buffers of a question: its own keys in every layer, evidence, a tile's look-up, logits."""
+    cfg, item = workload.cfg, topology.item_bytes
+    heads, shard = head_share(cfg, choice.mesh), widest_shard(cfg, choice.mesh)
+    slots = slot_share(workload.layout(topology.dtype), choice.mesh, workload.clusters)
+    held, rule = max(slots.held), workload.clusters
+    T = workload.question_tokens
+    steady = workload.sinks + workload.window + T + workload.answer_tokens
+    tails = cfg.num_layers * heads.group_kv_heads * steady * 2 * cfg.head_dim * item
+    evidence = len(cfg.full_layers) * held * _FLOAT
+    buffers = [tails, evidence, shard.vocab.total * _FLOAT, 3 * T * cfg.mlp_dim * item]
+    if choice.reading.mode == "centroid":
+        per_head = max(slots.columns) // heads.group_kv_heads
+        if choice.reading.levels == 2:
+            per_head = max(slots.groups) // heads.group_kv_heads
+            opened = 4 * choice.reading.keys // rule.keys_per_cluster
+            per_head += min(opened, max(slots.columns) // heads.group_kv_heads)
+        # Scores with and without spread, their masked copy, and which units are taken.
+        scores = min(T, _TILE_TOKENS) * heads.group_heads * per_head
+        buffers += [scores * _FLOAT, scores * _FLOAT, scores * _FLOAT, scores]
+    return tuple(buffers)
+
+
+def loading_bytes(workload: Workload, topology: Topology) -> int:
+    """What is alive beside the weights while they are read: the mapped file and one piece of it."""
+    if not topology.is_cpu or not workload.weights_file_bytes:
+        return 0
+    return workload.weights_file_bytes + min(_PIECE_BYTES, workload.weights_file_bytes)
+
+
+def peak_bytes(phases: Iterable[Phase], *, is_cpu: bool) -> int:
+    """The most that the phases' buffers take, one phase after another.
+
+    On a GPU that is the largest sum. A CPU's process also keeps every small block that any phase
+    ever had (the heap's high water), beside the large ones, which come from the kernel and go back.
+    """
+    phases = list(phases)
+    if not is_cpu:
+        return max(sum(phase) for phase in phases)
+    heap = max(sum(b for b in phase if b < HEAP_BLOCK_BYTES) for phase in phases)
+    return heap + max(sum(b for b in phase if b >= HEAP_BLOCK_BYTES) for phase in phases)
+
+
+def limits(topology: Topology, num_ranks: int) -> int:
+    """Bytes that one rank may use: a GPU, or its share of the machine."""
+    return topology.memory_bytes // (num_ranks if topology.is_cpu else 1)
+
+
+def _gathered(num_bytes: int, mesh: Mesh) -> list[int]:
+    """What a gather adds: the ranks' pieces, and the tensor made of them."""
+    return [num_bytes, num_bytes] if mesh.num_ranks > 1 else []
+
+
+def _use(
+    workload: Workload,
+    mesh: Mesh,
+    rank: int,
+    topology: Topology,
+    *,
+    phases: list[Phase],
+    tables: int,
+    open_segment: int,
+) -> MemoryUse:
+    kv = kv_bytes(workload, mesh, rank, topology.dtype, topology.item_bytes)
+    temporary = peak_bytes(phases, is_cpu=topology.is_cpu)
+    # Weights are read before anything else is there: what that needs beside them is free again.
+    loading = loading_bytes(workload, topology)
+    return MemoryUse(
+        weights=weight_bytes(workload, mesh, rank, topology.item_bytes),
+        kv=kv,
+        tables=tables,
+        open_segment=open_segment,
+        temporary=temporary + max(0, loading - kv - tables - open_segment - temporary),
+        process=topology.process_bytes + TOKENIZER_BYTES_PER_ENTRY * workload.cfg.vocab_size,
+    )
