@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.faults import start
+from benchmarks.harness import note
 
 START_LIMIT_S, STOP_LIMIT_S = 300.0, 90.0
 _URL = re.compile(r"http://(\S+):([0-9]+)")
@@ -65,6 +66,9 @@ def serving(store: Path, *options: str, launcher: tuple[str, ...] = ()) -> Itera
         if not is_up.wait(START_LIMIT_S) or not served.line:
             raise SystemExit(f"{' '.join(arguments)} did not begin: {served.lines}")
         yield served
+    except BaseException:
+        note("\n".join(served.lines))
+        raise
     finally:
         served.process.send_signal(signal.SIGTERM)
         try:

@@ -182,8 +182,8 @@ class Worker:
 
     def _close(self, action: CloseDocument) -> None:
         held = self.documents.pop(action.document, None)
-        if held is not None:
-            held.document.close()
+        # On return no rank holds the document's lock: it may be removed or replaced.
+        self._agree(lambda: None if held is None else held.document.close())
 
     def _begin_question(self, action: BeginQuestion) -> None:
         context, cfg = self.documents[action.document].context, self.model.cfg

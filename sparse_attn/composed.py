@@ -231,12 +231,16 @@ class Composed:
         all that it read anywhere, lse_read [H], summed over heads.
         """
         heads = lse_read.view(-1, kept.scores.shape[0])
-        ends = kept.count.cumsum(dim=0)
-        first = kept.first + kept.count - ends
+        # Runs are the host's, what a look-up took is the device's.
+        first, count, bounds = (
+            x.to(evidence.device) for x in (kept.first, kept.count, kept.bounds[1:])
+        )
+        ends = count.cumsum(dim=0)
+        first = first + count - ends
         num_keys = kept.scores.shape[1]
         place = torch.arange(num_keys, device=evidence.device)
         run = torch.searchsorted(ends, place, right=True)
-        head = torch.searchsorted(kept.bounds[1:].contiguous(), run, right=True)
+        head = torch.searchsorted(bounds.contiguous(), run, right=True)
         mass = torch.zeros(num_keys, device=evidence.device)
         for p in range(kept.scores.shape[0]):
             mass += torch.exp(kept.scores[p] - heads[head, p])

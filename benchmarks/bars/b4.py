@@ -45,7 +45,7 @@ def main() -> int:
         for count in counts:
             note(f"{count} of {present} devices")
             demo[count] = _demo(count, arguments.device, Path(folder) / f"demo-{count}")
-            long[count] = _long(count, arguments, Path(folder) / f"long-{count}")
+            long[count] = time_long(count, arguments, Path(folder) / f"long-{count}")
     is_equal = all(own["answers"] == demo[1]["answers"] for own in demo.values())
     measured = {
         "device_count": present,
@@ -84,7 +84,7 @@ def _demo(count: int, device: str, store: Path) -> dict[str, Any]:
     return {"answers": answers, "ingest_s": report.total_s}
 
 
-def _long(count: int, arguments: argparse.Namespace, store: Path) -> dict[str, Any]:
+def time_long(count: int, arguments: argparse.Namespace, store: Path) -> dict[str, Any]:
     """Seconds of a long document of random weights: ingest, first token, one more, by mode."""
     with _engine(arguments.long_model, count, arguments.device, store) as engine:
         text = "".join(chr(97 + i * 7919 % 26) for i in range(arguments.long_tokens))

@@ -22,6 +22,7 @@ from orchestrator.calibration.others import Usage
 from orchestrator.calibration.questions import (
     QUESTIONS_ON_CPU,
     QUESTIONS_ON_GPU,
+    ProductRates,
     QuestionSizes,
     make_documents,
     measure_questions,
@@ -136,16 +137,20 @@ def _measure_rates(
     documents: dict[int, questions.Documents],
     threads: int,
 ) -> Rates:
-    asked = measure_questions(probe, effort.questions, documents)
+    products = ProductRates(
+        weight_bytes_per_s=arithmetic.weight_bytes_per_s(probe),
+        question_flops_per_s=arithmetic.question_curve(probe),
+    )
+    asked = measure_questions(probe, effort.questions, documents, products)
     return Rates(
         threads=threads,
         matrix_flops_per_s=arithmetic.matrix_curve(probe),
-        question_flops_per_s=arithmetic.question_curve(probe),
+        question_flops_per_s=products.question_flops_per_s,
         attention_flops_per_s=arithmetic.attention_curve(probe),
         causal_flops_per_s=arithmetic.causal_curve(probe),
         cluster_flops_per_s=arithmetic.cluster_curve(probe),
         lookup_flops_per_s=asked.lookup_flops_per_s,
-        weight_bytes_per_s=arithmetic.weight_bytes_per_s(probe),
+        weight_bytes_per_s=products.weight_bytes_per_s,
         kv_bytes_per_s=asked.kv_bytes_per_s,
         lookup_bytes_per_s=asked.lookup_bytes_per_s,
         elementwise_bytes_per_s=arithmetic.elementwise_bytes_per_s(probe),

@@ -1,7 +1,9 @@
 """What a question costs beside plain products: the host's seconds a layer, reading KV, looking up.
 
-Owns a decoder so narrow that its products vanish, on synthetic documents of several lengths: the
-differences are what attention takes. Everything runs through the code that answers questions.
+Owns a decoder of a few layers on synthetic documents of two lengths: the difference is what reading
+more keys takes, and what is left of the short one, less its products, is the host's. Layers are as
+large as real ones, so that weights push everything else out of the caches, as they do there.
+Everything runs through the code that answers questions.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from functools import partial
 
 import torch
 
+from collectives import Mesh
 from orchestrator.calibration.arithmetic import Probe
 from orchestrator.errors import CalibrationFailed
 from orchestrator.evaluation.synthetic import synthetic_context
@@ -20,6 +23,7 @@ from orchestrator.model.context import DocumentContext
 from orchestrator.model.decoder import Decoder
 from orchestrator.model.recorder import Recorder
 from orchestrator.model.shapes import random_weights, shape_config
+from orchestrator.planner.shards import matrix_share
 from orchestrator.planner.topology import Curve
 from orchestrator.planner.workload import ClusterRule
 from orchestrator.steps import AttentionPlan
@@ -90,12 +94,32 @@ class QuestionRates:
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """A narrow model of one head dim, and its short and long document."""
+    """A model of one head dim, and its short and long document."""
 
     cfg: ModelConfig
     decoder: Decoder
     short: DocumentContext
     long: DocumentContext
+
+    @property
+    def layer_elements(self) -> int:
+        """Of one layer's matrices."""
+        return matrix_share(self.cfg, Mesh(heads=1, context=1), 0).layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProductRates:
+    """What products were measured to take, which questions are to be cleared of."""
+
+    weight_bytes_per_s: float
+    question_flops_per_s: Curve
+
+    def layer_s(self, documents: Documents, tokens: int) -> float:
+        """One layer's products."""
+        elements = documents.layer_elements
+        if tokens == 1:
+            return elements * documents.decoder.dtype.itemsize / self.weight_bytes_per_s
+        return 2.0 * tokens * elements / self.question_flops_per_s.at(tokens)
 
 
 def make_documents(probe: Probe, sizes: QuestionSizes, head_dim: int) -> Documents:
@@ -103,8 +127,8 @@ def make_documents(probe: Probe, sizes: QuestionSizes, head_dim: int) -> Documen
     base = shape_config(f"shape:llama-3.1-8b@{sizes.layers}")
     cfg = replace(
         base,
-        model_dim=32,
-        mlp_dim=32,
+        model_dim=probe.sizes.width,
+        mlp_dim=probe.sizes.inner,
         vocab_size=32,
         num_heads=sizes.heads,
         num_kv_heads=sizes.kv_heads,
@@ -122,29 +146,30 @@ def make_documents(probe: Probe, sizes: QuestionSizes, head_dim: int) -> Documen
         for num_tokens in (sizes.short, sizes.long)
     )
     weights = random_weights(cfg, dtype=probe.dtype, device=device)
-    # Products in pieces are timed by `question_curve`, with what each piece takes by itself.
-    decoder = Decoder(cfg, weights, probe.backend.linear)
+    backend = probe.backend
+    decoder = Decoder(cfg, weights, backend.linear, linear_split=backend.linear_split)
     return Documents(cfg=cfg, decoder=decoder, short=short, long=long)
 
 
 def measure_questions(
-    probe: Probe, sizes: QuestionSizes, documents: dict[int, Documents]
+    probe: Probe, sizes: QuestionSizes, documents: dict[int, Documents], products: ProductRates
 ) -> QuestionRates:
     """Rates from differences of forwards; documents: by head dim. Raises CalibrationFailed."""
-    first = documents[sizes.head_dims[0]]
+    first, layers = documents[sizes.head_dims[0]], sizes.layers
     exact_s, read_s = _short_and_more(probe, sizes, first, mode="exact", tokens=1)
     centroid_s, found_s = _short_and_more(probe, sizes, first, mode="centroid", tokens=1)
     dense, looked_up = time_dense(probe, sizes, first), time_lookup(probe, sizes, first)
     others = sizes.head_dims[1:]
     lookup = [(float(first.cfg.head_dim), looked_up.flops_per_s)]
     lookup += [(float(n), time_lookup(probe, sizes, documents[n]).flops_per_s) for n in others]
-    D, item, layers = first.cfg.head_dim, probe.dtype.itemsize, sizes.layers
+    D, item = first.cfg.head_dim, probe.dtype.itemsize
     kv_bytes = 2 * D * item * sizes.kv_heads * (sizes.long - sizes.short)
+    step_s, tile_s = (products.layer_s(first, tokens) for tokens in (1, sizes.tokens))
     return QuestionRates(
-        exact_layer_s=exact_s / layers,
-        centroid_layer_s=centroid_s / layers,
-        exact_tile_s=dense.tile_s,
-        centroid_tile_s=looked_up.tile_s,
+        exact_layer_s=max(exact_s / layers - step_s, _LEAST_S),
+        centroid_layer_s=max(centroid_s / layers - step_s, _LEAST_S),
+        exact_tile_s=max(dense.tile_s - tile_s, _LEAST_S),
+        centroid_tile_s=max(looked_up.tile_s - tile_s, _LEAST_S),
         run_s=dense.run_s,
         kv_bytes_per_s=kv_bytes * layers / read_s,
         lookup_bytes_per_s=_lookup_bytes(sizes, D, item) * layers / found_s,
@@ -154,7 +179,9 @@ def measure_questions(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookupTime:
-    """Several question tokens that look up: flops/s, and a layer's seconds beside them."""
+    """Several question tokens that look up: flops/s, and a layer's seconds beside them, products
+    included.
+    """
 
     flops_per_s: float
     tile_s: float
@@ -171,13 +198,13 @@ def time_lookup(probe: Probe, sizes: QuestionSizes, documents: Documents) -> Loo
 
     rate = sizes.layers * (flops(sizes.long) - flops(sizes.short)) / more_s
     tile_s = short_s / sizes.layers - flops(sizes.short) / rate
-    return LookupTime(flops_per_s=rate, tile_s=max(tile_s, _LEAST_S))
+    return LookupTime(flops_per_s=rate, tile_s=tile_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseTime:
     """Several question tokens that read everything: what each further run (a segment of a KV head)
-    adds, and a layer's seconds, beside the arithmetic.
+    adds, and a layer's seconds, products included, beside attention's arithmetic.
     """
 
     run_s: float
@@ -194,7 +221,7 @@ def time_dense(probe: Probe, sizes: QuestionSizes, documents: Documents) -> Dens
     runs = (-(-sizes.long // sizes.segment_tokens) - 1) * sizes.kv_heads
     run_s = (more_s / sizes.layers - arithmetic_s) / max(1, runs)
     tile_s = short_s / sizes.layers - arithmetic_s * sizes.short / sizes.long
-    return DenseTime(run_s=max(run_s, _LEAST_S), tile_s=max(tile_s, _LEAST_S))
+    return DenseTime(run_s=max(run_s, _LEAST_S), tile_s=tile_s)
 
 
 def _short_and_more(

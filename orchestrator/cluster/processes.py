@@ -56,6 +56,7 @@ class Supervisor:
         self._commands = tuple(commands)
         self._echo = echo
         self._is_muted = False
+        self._is_closed = False
         self._was_signalled = False
         self._running: list[Child] = []
         self._gone: list[Child] = []
@@ -101,7 +102,7 @@ class Supervisor:
     def forward(self, number: int) -> None:
         """Pass a signal on to every command and its children; the second one kills them.
 
-        May be called inside a signal handler.
+        May be called inside a signal handler, and before the commands have started.
         """
         self._ask(partial(self._forward, number))
 
@@ -111,12 +112,14 @@ class Supervisor:
 
     def _close(self) -> None:
         self._thread.join()
+        self._is_closed = True
         os.close(self._wake)
 
     def _ask(self, request: Callable[[], None]) -> None:
-        """Have the thread do something."""
-        self._requests.put(request)
-        os.eventfd_write(self._wake, 1)
+        """Have the thread do something, once it runs; nothing any more afterwards."""
+        if not self._is_closed:
+            self._requests.put(request)
+            os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
         """The thread: start, watch, and leave nothing behind whatever happens."""

@@ -61,7 +61,9 @@ def launch(
             )
             for rank in range(nproc)
         ]
-        with Supervisor(commands) as ranks, forwarded_signals(ranks):
+        ranks = Supervisor(commands)
+        # From before the first rank lives until after the last: no signal finds nobody in charge.
+        with forwarded_signals(ranks), ranks:
             ended = ranks.wait()
     context.exit(report(ended))
 

@@ -41,3 +41,5 @@ def serve(host: str, port: int, api_key_file: Path | None, **options: Any) -> No
             f"{engine.config.mesh}, key {'not needed' if api_key is None else 'needed'}"
         )
         serve_engine(engine, settings, listener, on_start=lambda: click.echo(line, err=True))
+        if engine.executor.failure is not None:
+            raise engine.executor.failure

@@ -23,6 +23,8 @@ HEAP_BLOCK_BYTES = 32 << 20
 TOKENIZER_BYTES_PER_ENTRY = 480
 # A quantised file is undone in pieces of this size (`model/gguf_file.py`).
 _PIECE_BYTES = 1 << 26
+# Threads on which gloo carries out collectives.
+_GLOO_THREADS = 2
 # Tile in which question tokens look up together (`AttentionPlan.tile_tokens`).
 _TILE_TOKENS = 64
 
@@ -96,8 +98,19 @@ def open_segment_bytes(workload: Workload, mesh: Mesh, item_bytes: int) -> int:
     return cfg.num_layers * heads * workload.segment_tokens * 2 * cfg.head_dim * item_bytes
 
 
+def staging_bytes(workload: Workload, choice: Choice, topology: Topology) -> int:
+    """What the threads that carry out collectives keep, on a CPU: each has a heap of its own, which
+    once held the largest of them (the gather of the MLP's activation), brought and received.
+    """
+    if not topology.is_cpu or choice.mesh.num_ranks == 1:
+        return 0
+    columns = workload.cfg.mlp_dim + widest_shard(workload.cfg, choice.mesh).mlp.width
+    return _GLOO_THREADS * choice.chunk_tokens * columns * topology.item_bytes
+
+
 def ingest_memory(workload: Workload, choice: Choice, topology: Topology) -> MemoryUse:
     """The fullest rank's memory while it ingests."""
+    staging = staging_bytes(workload, choice, topology)
     phases = [chunk_phase(workload, choice, topology), *cluster_phases(workload, choice, topology)]
     return max(
         (
@@ -107,6 +120,7 @@ def ingest_memory(workload: Workload, choice: Choice, topology: Topology) -> Mem
                 rank,
                 topology,
                 phases=phases,
+                staging=staging,
                 tables=table_bytes(workload, choice.mesh, rank, topology.dtype, is_indexed=False),
                 open_segment=open_segment_bytes(workload, choice.mesh, topology.item_bytes),
             )
@@ -128,6 +142,7 @@ def question_memory(workload: Workload, choice: Choice, topology: Topology) -> M
                 rank,
                 topology,
                 phases=phases,
+                staging=0,
                 tables=table_bytes(workload, choice.mesh, rank, topology.dtype, is_indexed=True)
                 if is_selecting
                 else 0,
@@ -205,11 +220,14 @@ def question_phase(workload: Workload, choice: Choice, topology: Topology) -> Ph
     return tuple(buffers)
 
 
-def loading_bytes(workload: Workload, topology: Topology) -> int:
-    """What is alive beside the weights while they are read: the mapped file and one piece of it."""
+def loading_bytes(workload: Workload, mesh: Mesh, topology: Topology) -> int:
+    """What is alive beside the weights while they are read: the mapped file, and of the largest
+    matrix, which is the embedding, one piece of the rank's rows in float32.
+    """
     if not topology.is_cpu or not workload.weights_file_bytes:
         return 0
-    return workload.weights_file_bytes + min(_PIECE_BYTES, workload.weights_file_bytes)
+    largest = matrix_share(workload.cfg, mesh, 0).embedding * _FLOAT
+    return workload.weights_file_bytes + min(_PIECE_BYTES, largest)
 
 
 def peak_bytes(phases: Iterable[Phase], *, is_cpu: bool) -> int:
@@ -242,18 +260,20 @@ def _use(
     topology: Topology,
     *,
     phases: list[Phase],
+    staging: int,
     tables: int,
     open_segment: int,
 ) -> MemoryUse:
     kv = kv_bytes(workload, mesh, rank, topology.dtype, topology.item_bytes)
-    temporary = peak_bytes(phases, is_cpu=topology.is_cpu)
-    # Weights are read before anything else is there: what that needs beside them is free again.
-    loading = loading_bytes(workload, topology)
+    temporary = peak_bytes(phases, is_cpu=topology.is_cpu) + staging
+    # Weights are read before anything else is there, and before libraries have computed: what that
+    # needs beside them is free again.
+    later = kv + tables + open_segment + temporary + topology.process_bytes
     return MemoryUse(
         weights=weight_bytes(workload, mesh, rank, topology.item_bytes),
         kv=kv,
         tables=tables,
         open_segment=open_segment,
-        temporary=temporary + max(0, loading - kv - tables - open_segment - temporary),
+        temporary=temporary + max(0, loading_bytes(workload, mesh, topology) - later),
         process=topology.process_bytes + TOKENIZER_BYTES_PER_ENTRY * workload.cfg.vocab_size,
     )

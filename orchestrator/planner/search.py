@@ -213,7 +213,7 @@ def _least(
         needed = ingest_memory(workload, choice, topology).total
         what = f"an ingest on mesh {mesh} needs"
         weights = weight_bytes(workload, mesh, 0, topology.item_bytes)
-        if weights + loading_bytes(workload, topology) > limit:
+        if weights + loading_bytes(workload, mesh, topology) > limit:
             what, needed = f"the weights alone on mesh {mesh} need", weights
         if best is None or needed / limit < best[0]:
             best = (needed / limit, what, needed, limit)

@@ -26,6 +26,8 @@ from orchestrator.serving.settings import ServiceSettings
 LOOPBACK = "127.0.0.1"
 ANY_PORT = 0
 START_LIMIT_S = 30.0
+# uvicorn ticks ten times a second.
+_TICKS_A_LOOK = 10
 
 
 def bind(host: str, port: int, *, api_key: str | None) -> socket.socket:
@@ -141,6 +143,12 @@ class _Server(uvicorn.Server):
         """Listen, and say so."""
         await super().startup(sockets)
         self._on_start()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop: told to, or because the engine has lost a rank and answers nothing."""
+        if counter % _TICKS_A_LOOK == 0 and self._app.state.service.engine.progress()["is_broken"]:
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take nothing new, then wait for what is in flight."""

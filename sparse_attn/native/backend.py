@@ -86,8 +86,7 @@ class NativeBackend(Composed):
 
     def score_units(self, q: Tensor, units: Units, *, scale: float) -> Scores:
         own = self._units_of(units, q.shape[1])
-        log_mass, linear = look_up.score_units(own, _scaled(q, scale))
-        return Scores(log_mass, linear, self.total_mass(log_mass, units))
+        return Scores(*look_up.score_units(own, _scaled(q, scale)))
 
     def total_mass(self, log_mass: Tensor, units: Units) -> Tensor:
         return look_up.total_mass(log_mass, units.bounds)

@@ -479,31 +479,42 @@ int longspan_spread_evidence(float *evidence, const int64_t *first, const int64_
 
 /* ---- which units a query takes ------------------------------------------------------------------ */
 
-/* Log mass of every unit with and without its spread, [T, H, U] each; squares: q * q. */
+/* Mass of one row of log_mass [U], fold by fold, then the tree; bounds: of its KV head. */
+static float mass_of_row(const Items *items, const float *log_mass, const int64_t *bounds) {
+    float folds[NUM_FOLDS];
+    for (int v = 0; v < NUM_FOLDS; v++)
+        folds[v] = items->log_sum_exp(log_mass + bounds[v], bounds[v + 1] - bounds[v]);
+    merge_tree(NULL, folds, NUM_FOLDS, 1, 0);
+    return folds[0];
+}
+
+/* Log mass of every unit with and without its spread, [T, H, U] each, and of all of them, lse [T, H];
+ * squares: q * q. */
 void longspan_score_units(const Units *x, const float *q, const float *squares, int64_t T,
-                          float *log_mass, float *linear, int threads) {
+                          float *log_mass, float *linear, float *lse, int threads) {
     const Items *items = best_items();
     int64_t size = UNITS_PER_SCORE_ITEM, count = (x->U + size - 1) / size * x->G;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t i = 0; i < count; i++) {
-        Range r = range_of(i, x->U, size);
-        items->score(x, r.g, r.first, r.last, q, squares, T, log_mass, linear);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count; i++) {
+            Range r = range_of(i, x->U, size);
+            items->score(x, r.g, r.first, r.last, q, squares, T, log_mass, linear);
+        }
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < T * x->G * x->P; row++)
+            lse[row] = mass_of_row(items, log_mass + row * x->U,
+                                   x->bounds + row / x->P % x->G * (NUM_FOLDS + 1));
     }
 }
 
-/* Natural log of the mass of all units, lse [T, H], of log_mass [T, H, U]: fold by fold, then the tree. */
+/* Natural log of the mass of all units, lse [T, H], of log_mass [T, H, U]. */
 void longspan_total_mass(const float *log_mass, const int64_t *bounds, int64_t T, int64_t G, int64_t P,
                          int64_t U, float *lse, int threads) {
     const Items *items = best_items();
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < T * G * P; row++) {
-        const int64_t *own = bounds + row / P % G * (NUM_FOLDS + 1);
-        float folds[NUM_FOLDS];
-        for (int v = 0; v < NUM_FOLDS; v++)
-            folds[v] = items->log_sum_exp(log_mass + row * U + own[v], own[v + 1] - own[v]);
-        merge_tree(NULL, folds, NUM_FOLDS, 1, 0);
-        lse[row] = folds[0];
-    }
+    for (int64_t row = 0; row < T * G * P; row++)
+        lse[row] = mass_of_row(items, log_mass + row * U, bounds + row / P % G * (NUM_FOLDS + 1));
 }
 
 /* A non-negative number and its index as one integer: greater numbers first, then lower indices. */
@@ -673,23 +684,24 @@ typedef struct {
     int64_t *attended, *read;      /* [G, T]: keys of each query; [G]: of their union */
     int64_t *offsets;              /* [G, NUM_FOLDS]: keys that the last query took before each fold */
     int64_t *first, *count, *runs; /* [G * U] each, or null: those keys as runs of slots; [G + 1] */
-    int64_t T, num_kept, most_keys; /* the last query's keys; the most keys read of an item */
+    int64_t T, num_kept, num_runs; /* the last query's keys, and runs */
+    int64_t most_keys;             /* that are read of an item */
 } CountCall;
 
 /* Lists a unit that the last query took; neighbours become one run. */
-INLINE void list_run(CountCall *call, int64_t start, int64_t size, int64_t head_first, int64_t *num_runs) {
-    int64_t last = *num_runs - 1;
+INLINE void list_run(CountCall *call, int64_t start, int64_t size, int64_t head_first) {
+    int64_t last = call->num_runs - 1;
     if (last >= head_first && call->first[last] + call->count[last] == start) {
         call->count[last] += size;
         return;
     }
-    call->first[*num_runs] = start;
-    call->count[(*num_runs)++] = size;
+    call->first[call->num_runs] = start;
+    call->count[call->num_runs++] = size;
 }
 
 /* Units `first` to `last` of one item: few are taken, and eight that are not are passed at once. Returns
  * how many of their keys are read. */
-static int64_t count_item(CountCall *call, int64_t g, int64_t first, int64_t last, int64_t *num_runs) {
+static int64_t count_item(CountCall *call, int64_t g, int64_t first, int64_t last) {
     const Units *units = call->units;
     int64_t T = call->T, U = units->U, *attended = call->attended + g * T, keys = 0;
     const uint8_t *rows = call->taken + g * T * U;
@@ -712,7 +724,7 @@ static int64_t count_item(CountCall *call, int64_t g, int64_t first, int64_t las
             keys += is_read ? sizes[u] : 0;
             if (!rows[(T - 1) * U + u] || sizes[u] == 0) continue;
             call->num_kept += sizes[u];
-            if (call->runs) list_run(call, starts[u], sizes[u], call->runs[g], num_runs);
+            if (call->runs) list_run(call, starts[u], sizes[u], call->runs[g]);
         }
     }
     return keys;
@@ -721,25 +733,24 @@ static int64_t count_item(CountCall *call, int64_t g, int64_t first, int64_t las
 /* Counts what was taken, and lists what the last query took. */
 void longspan_count_taken(CountCall *call) {
     const Units *units = call->units;
-    int64_t num_runs = 0;
-    call->num_kept = 0;
+    call->num_kept = call->num_runs = 0;
     call->most_keys = UNITS_PER_ITEM;
     memset(call->attended, 0, (size_t)(units->G * call->T) * sizeof(int64_t));
     for (int64_t g = 0; g < units->G; g++) {
         call->read[g] = 0;
-        if (call->runs) call->runs[g] = num_runs;
+        if (call->runs) call->runs[g] = call->num_runs;
         for (int64_t fold = 0; fold < NUM_FOLDS; fold++) {
             const int64_t *bounds = units->bounds + g * (NUM_FOLDS + 1) + fold;
             call->offsets[g * NUM_FOLDS + fold] = call->num_kept;
             for (int64_t u = bounds[0]; u < bounds[1]; u += UNITS_PER_ITEM) {
                 int64_t last = u + UNITS_PER_ITEM < bounds[1] ? u + UNITS_PER_ITEM : bounds[1];
-                int64_t keys = count_item(call, g, u, last, &num_runs);
+                int64_t keys = count_item(call, g, u, last);
                 call->read[g] += keys;
                 call->most_keys = keys > call->most_keys ? keys : call->most_keys;
             }
         }
     }
-    if (call->runs) call->runs[units->G] = num_runs;
+    if (call->runs) call->runs[units->G] = call->num_runs;
 }
 
 /* ---- attention over what was taken, and an estimate of the rest -------------------------------- */

@@ -10,7 +10,7 @@ finds it, so that a second pool never competes for the cores.
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_int, c_int64, c_void_p
+from ctypes import byref
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -31,6 +31,18 @@ from sparse_attn.native.structs import (
 from sparse_attn.select.base import Tail
 from sparse_attn.state import Part
 
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+# Arguments of the calls that do not take one structure: converting them is most of a short call.
+_ARGUMENTS = {
+    "attend_prefix": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT),
+    "merge_tree": (_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT),
+    "merge_pair": (*(_POINTER,) * 4, _LONG, _LONG, _INT),
+    "spread_evidence": (*(_POINTER,) * 5, _LONG, _LONG, _LONG, _POINTER, _INT),
+    "products": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT),
+    "score_units": (_POINTER, _POINTER, _POINTER, _LONG, *(_POINTER,) * 3, _INT),
+    "total_mass": (_POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _INT),
+}
+
 
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL:
@@ -42,12 +54,15 @@ def load() -> ctypes.CDLL:
             "install again, or use --backend torch"
         )
     try:
-        return ctypes.CDLL(spec.origin)
+        found = ctypes.CDLL(spec.origin)
     except OSError as error:
         raise BackendUnknown(
             f"backend 'native' cannot be loaded ({error}); it runs on the OpenMP threads of torch; "
             "install again beside this torch, or use --backend torch"
         ) from error
+    for name, arguments in _ARGUMENTS.items():
+        getattr(found, f"longspan_{name}").argtypes = arguments
+    return found
 
 
 def attend_prefix(keys: KeysOf, q: Tensor, *, past: int) -> tuple[Tensor, Tensor]:
@@ -61,12 +76,12 @@ def attend_prefix(keys: KeysOf, q: Tensor, *, past: int) -> tuple[Tensor, Tensor
     check_memory(
         load().longspan_attend_prefix(
             byref(keys.struct),
-            address(q),
-            c_int64(q.shape[0]),
-            c_int64(past),
-            address(out),
-            address(lse),
-            c_int(torch.get_num_threads()),
+            pointer(q),
+            q.shape[0],
+            past,
+            pointer(out),
+            pointer(lse),
+            torch.get_num_threads(),
         )
     )
     return out, lse
@@ -101,14 +116,14 @@ def merge_tree(outs: Tensor | None, lses: Tensor) -> tuple[Tensor, Tensor]:
     out = lse if outs is None else outs.new_empty(outs.shape[1:])
     check_memory(
         load().longspan_merge_tree(
-            None if outs is None else address(outs),
-            address(lses),
-            c_int64(lses.shape[0]),
-            c_int64(lse.numel()),
-            c_int64(0 if outs is None else outs.shape[-1]),
-            address(out),
-            address(lse),
-            c_int(torch.get_num_threads()),
+            None if outs is None else pointer(outs),
+            pointer(lses),
+            lses.shape[0],
+            lse.numel(),
+            0 if outs is None else outs.shape[-1],
+            pointer(out),
+            pointer(lse),
+            torch.get_num_threads(),
         )
     )
     return out, lse
@@ -117,13 +132,13 @@ def merge_tree(outs: Tensor | None, lses: Tensor) -> tuple[Tensor, Tensor]:
 def merge_pair(part: Part, other: Part) -> None:
     """Merges another part into the first."""
     load().longspan_merge_pair(
-        address(part.out),
-        address(part.lse),
-        address(other.out),
-        address(other.lse),
-        c_int64(part.lse.numel()),
-        c_int64(part.out.shape[-1]),
-        c_int(torch.get_num_threads()),
+        pointer(part.out),
+        pointer(part.lse),
+        pointer(other.out),
+        pointer(other.lse),
+        part.lse.numel(),
+        part.out.shape[-1],
+        torch.get_num_threads(),
     )
 
 
@@ -132,14 +147,14 @@ def spread_evidence(evidence: Tensor, kept: Kept, lse: Tensor) -> None:
     num_heads, num_keys = kept.scores.shape
     check_memory(
         load().longspan_spread_evidence(
-            address(evidence),
-            *(address(x, torch.int64) for x in (kept.first, kept.count, kept.bounds)),
-            address(kept.scores),
-            c_int64(num_keys),
-            c_int64(kept.bounds.shape[0] - 1),
-            c_int64(num_heads),
-            address(lse),
-            c_int(torch.get_num_threads()),
+            pointer(evidence),
+            *(pointer(x, torch.int64) for x in (kept.first, kept.count, kept.bounds)),
+            pointer(kept.scores),
+            num_keys,
+            kept.bounds.shape[0] - 1,
+            num_heads,
+            pointer(lse),
+            torch.get_num_threads(),
         )
     )
 
@@ -153,13 +168,13 @@ def products(x: Tensor, weight: Tensor) -> Tensor:
         )
     out = x.new_empty(weight.shape[0])
     load().longspan_products(
-        address(weight, weight.dtype),
-        c_int(TYPES[weight.dtype]),
-        c_int64(weight.shape[0]),
-        c_int64(weight.shape[1]),
-        address(x),
-        address(out),
-        c_int(torch.get_num_threads()),
+        pointer(weight, weight.dtype),
+        TYPES[weight.dtype],
+        weight.shape[0],
+        weight.shape[1],
+        pointer(x),
+        pointer(out),
+        torch.get_num_threads(),
     )
     return out
 
@@ -213,10 +228,6 @@ def sample_missed(
 
 def optional(x: Tensor | None) -> int | None:
     return None if x is None else pointer(x)
-
-
-def address(x: Tensor, dtype: torch.dtype = torch.float32) -> c_void_p:
-    return c_void_p(pointer(x, dtype))
 
 
 def check_memory(code: int) -> None:

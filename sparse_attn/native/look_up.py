@@ -7,32 +7,36 @@ of steps.
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_int, c_int64
+from ctypes import byref
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_attn.folds import NUM_FOLDS
-from sparse_attn.native.library import address, check_memory, load, optional
+from sparse_attn.native.library import check_memory, load, optional
 from sparse_attn.native.structs import CountCall, KeysOf, RankCall, UnitsCall, UnitsOf, pointer
 from sparse_attn.select.base import Limit
 
 
-def score_units(units: UnitsOf, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Log mass of every unit for the scaled q [T, H, D], with and without its spread: [T, H, U]."""
-    log_mass = q.new_empty((*q.shape[:2], units.num_units))
+def score_units(units: UnitsOf, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log mass of every unit for the scaled q [T, H, D], with and without its spread, [T, H, U];
+    and of all units together, [T, H].
+    """
+    log_mass, lse = q.new_empty((*q.shape[:2], units.num_units)), q.new_empty(q.shape[:2])
     linear, squares = torch.empty_like(log_mass), q * q
     load().longspan_score_units(
         byref(units.struct),
-        address(q),
-        address(squares),
-        c_int64(q.shape[0]),
-        address(log_mass),
-        address(linear),
-        c_int(torch.get_num_threads()),
+        pointer(q),
+        pointer(squares),
+        q.shape[0],
+        pointer(log_mass),
+        pointer(linear),
+        pointer(lse),
+        torch.get_num_threads(),
     )
-    return log_mass, linear
+    return log_mass, linear, lse
 
 
 def total_mass(log_mass: Tensor, bounds: Tensor) -> Tensor:
@@ -40,14 +44,14 @@ def total_mass(log_mass: Tensor, bounds: Tensor) -> Tensor:
     num_tokens, num_heads, num_units = log_mass.shape
     lse = log_mass.new_empty((num_tokens, num_heads))
     load().longspan_total_mass(
-        address(log_mass),
-        address(bounds, torch.int64),
-        c_int64(num_tokens),
-        c_int64(bounds.shape[0]),
-        c_int64(num_heads // bounds.shape[0]),
-        c_int64(num_units),
-        address(lse),
-        c_int(torch.get_num_threads()),
+        pointer(log_mass),
+        pointer(bounds, torch.int64),
+        num_tokens,
+        bounds.shape[0],
+        num_heads // bounds.shape[0],
+        num_units,
+        pointer(lse),
+        torch.get_num_threads(),
     )
     return lse
 
@@ -113,29 +117,30 @@ class Count(NamedTuple):
 
 def count_taken(taken: Tensor, units: UnitsOf, *, keeps: bool) -> Count:
     """Keys of the taken [G, T, U] units, and if `keeps` the runs that the last query took."""
-    num_kv_heads, num_tokens, num_units = taken.shape
-    ints = torch.empty(num_kv_heads * (num_tokens + 1 + NUM_FOLDS), dtype=torch.int64)
-    sizes = [num_kv_heads * num_tokens, num_kv_heads, num_kv_heads * NUM_FOLDS]
-    attended, read, offsets = torch.split(ints, sizes)
+    G, T, U = taken.shape
+    # One piece of memory for all of them: a tensor costs more than the counting of a few units.
+    lengths = (G * T, G, G * NUM_FOLDS, G + 1, *((G * U,) * 2 if keeps else ()))
+    room = torch.empty(sum(lengths), dtype=torch.int64)
+    places = list(accumulate(lengths, initial=0))
+    at = [room.data_ptr() + 8 * place for place in places]
     call = CountCall(
         taken=pointer(taken, torch.bool),
         units=ctypes.pointer(units.struct),
-        attended=pointer(attended, torch.int64),
-        read=pointer(read, torch.int64),
-        offsets=pointer(offsets, torch.int64),
-        T=num_tokens,
+        attended=at[0],
+        read=at[1],
+        offsets=at[2],
+        T=T,
     )
-    room = torch.empty((2, num_kv_heads * num_units), dtype=torch.int64) if keeps else ints
-    bounds = torch.empty(num_kv_heads + 1, dtype=torch.int64)
     if keeps:
-        call.first, call.count = pointer(room[0], torch.int64), pointer(room[1], torch.int64)
-        call.runs = pointer(bounds, torch.int64)
+        call.runs, call.first, call.count = at[3], at[4], at[5]
     load().longspan_count_taken(byref(call))
     runs = None
     if keeps:
-        num_runs = int(bounds[-1])
-        runs = (room[0, :num_runs], room[1, :num_runs], bounds)
-    attended = attended.view(num_kv_heads, num_tokens)
+        bounds = room[places[3] : places[4]]
+        first, count = (room[place : place + call.num_runs] for place in places[4:6])
+        runs = (first, count, bounds)
+    attended, read = room[: G * T].view(G, T), room[places[1] : places[2]]
+    offsets = room[places[2] : places[3]]
     return Count(attended, read, runs, offsets, call.num_kept, call.most_keys)
 
 

@@ -89,7 +89,7 @@ class CountCall(Structure):
         ("units", POINTER(_Units)),
         *((name, c_void_p) for name in ("attended", "read", "offsets")),
         *((name, c_void_p) for name in ("first", "count", "runs")),
-        *((name, c_int64) for name in ("T", "num_kept", "most_keys")),
+        *((name, c_int64) for name in ("T", "num_kept", "num_runs", "most_keys")),
     ]
 
 

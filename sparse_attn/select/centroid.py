@@ -123,7 +123,7 @@ class Units:
             radii=self.radii.gather(1, safe),
             starts=self.starts.gather(1, safe),
             sizes=self.sizes.gather(1, safe).masked_fill_(padding, 0),
-            bounds=torch.searchsorted(ordered, self.bounds),
+            bounds=torch.searchsorted(ordered.cpu(), self.bounds),  # bounds stay with the host
             ids=self.ids.gather(1, safe),
             columns=columns,
         )

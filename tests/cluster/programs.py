@@ -15,8 +15,10 @@ from orchestrator.cluster.child import Command
 from orchestrator.cluster.processes import Supervisor
 
 DEADLINE_S = 25.0
-# Writes its own id and that of a child to a file, then goes on for as long as nobody ends it.
-WITH_CHILD = 'sleep 1000 & echo "$$ $!" > "$PIDS.$RANK.new"; mv "$PIDS.$RANK.new" "$PIDS.$RANK"; '
+# Writes its own id and that of a child, in a group of its own, to a file.
+WITH_CHILD = (
+    'set -m; sleep 1000 & echo "$$ $!" > "$PIDS.$RANK.new"; mv "$PIDS.$RANK.new" "$PIDS.$RANK"; '
+)
 
 
 def shell(script: str, *, rank: int = 0, **environ: str) -> Command:

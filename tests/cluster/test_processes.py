@@ -155,6 +155,14 @@ def test_a_signal_is_passed_on_to_all(tmp_path: Path, number: signal.Signals) ->
         assert {(end.code, end.was_stopped) for end in ranks.wait()} == {(5, False)}
 
 
+def test_a_signal_that_comes_before_the_start_is_passed_on() -> None:
+    ranks = Supervisor([shell("sleep 1000")], echo=len)
+    ranks.forward(signal.SIGTERM)
+    with ranks:
+        assert [(end.code, end.was_stopped) for end in ranks.wait()] == [(143, False)]
+    ranks.forward(signal.SIGTERM)
+
+
 def test_a_second_signal_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "SIGNAL_GRACE_S", 1000)
     script = f"trap '' INT TERM; {WITH_CHILD} while :; do wait; done"

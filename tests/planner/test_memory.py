@@ -22,6 +22,7 @@ from orchestrator.planner.memory import (
     kv_bytes,
     peak_bytes,
     question_memory,
+    staging_bytes,
     weight_bytes,
 )
 from orchestrator.planner.shards import matrix_share, slot_share
@@ -140,3 +141,12 @@ def test_a_process_is_more_than_its_tensors_and_reads_weights_from_a_file() -> N
         replace(long, weights_file_bytes=0), choice(threads=2), cpu_machine()
     )
     assert set(use.to_json()) >= {"weights_bytes", "kv_bytes", "total_bytes"}
+
+
+def test_ranks_on_a_cpu_keep_what_collectives_staged() -> None:
+    work = workload(1000)
+    assert staging_bytes(work, choice("1x2"), machine()) == 0
+    assert staging_bytes(work, choice("1x1"), cpu_machine()) == 0
+    inner = LLAMA.mlp_dim
+    wanted = 2 * 512 * (inner + inner // 2) * 4
+    assert staging_bytes(work, choice("1x2"), cpu_machine()) == wanted

@@ -153,6 +153,14 @@ def test_a_server_has_stopped_when_nothing_runs_on_its_engine(
     assert engine.ended == ["IngestCancelled"]
 
 
+def test_a_server_that_has_lost_a_rank_ends_by_itself(
+    start_server: Start, engine: FakeEngine
+) -> None:
+    url = start_server().url
+    engine.is_broken = True
+    wait_until(lambda: is_refused(url))
+
+
 def is_refused(url: str) -> bool:
     """Whether nothing listens any more."""
     try:

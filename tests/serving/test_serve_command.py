@@ -131,3 +131,19 @@ def test_a_model_that_is_missing_frees_the_port(capsys: pytest.CaptureFixture[st
     assert "no-such-model" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", port)):
         pass
+
+
+def test_a_server_that_loses_a_rank_ends_and_names_it(folder: Path) -> None:
+    with serving(folder, "--executor", "spawn", "--mesh", "1x2") as (process, line):
+        assert "mesh 1x2" in line
+        (rank,) = [pid for pid in find_tree(process.pid) if is_rank(pid)]
+        os.kill(rank, signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank 1 of 2 failed first, killed by SIGKILL" in err
+
+
+def is_rank(pid: int) -> bool:
+    """Whether a process is a spawned rank itself, not what watches over it."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b"orchestrator.cluster.entry" in words and b"leash" not in words
