@@ -180,4 +180,12 @@ def _resize(measured: Topology, machine: MachineSpec) -> Topology:
             f"machine {machine} has more cores than were measured; limit {measured.num_devices}; "
             f"give cpu:{measured.num_devices}"
         )
-    return replace(measured, num_devices=machine.num_devices)
+    resized = replace(measured, num_devices=machine.num_devices)
+    if measured.is_cpu or measured.links or machine.num_devices == 1:
+        return resized
+    # One GPU was measured, which has nobody to talk to.
+    return replace(
+        resized,
+        links=published_topology(machine).links,
+        origin=f"{measured.origin}; links from published figures",
+    )

@@ -302,6 +302,7 @@ class _Folds:
         self.per_group = q.shape[1] // num_kv_heads
         out = torch.zeros((NUM_FOLDS, *q.shape), dtype=torch.float32, device=q.device)
         self.parts = Part(out, out.new_full(out.shape[:-1], -math.inf))
+        self._filled: set[tuple[int, int]] = set()
 
     def queries(self, g: int) -> Tensor:
         """The queries [T, H/G, D] of KV head g."""
@@ -311,9 +312,11 @@ class _Folds:
         """One more part of head g's fold, merged after those before."""
         heads = slice(g * self.per_group, (g + 1) * self.per_group)
         own = Part(self.parts.out[fold, :, heads], self.parts.lse[fold, :, heads])
-        merged = merge_parts([own, part])
-        own.out.copy_(merged.out)
-        own.lse.copy_(merged.lse)
+        if (g, fold) in self._filled:  # an empty part would change no bit
+            part = merge_parts([own, part])
+        self._filled.add((g, fold))
+        own.out.copy_(part.out)
+        own.lse.copy_(part.lse)
 
 
 def _kept_units(units: Units, taken: Tensor, scores: list[Tensor], per_group: int) -> Kept:

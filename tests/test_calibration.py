@@ -14,7 +14,7 @@ import torch
 from orchestrator.calibration import Effort, calibrate, questions
 from orchestrator.calibration.arithmetic import SIZES, Probe, cluster_curve
 from orchestrator.calibration.links import Together, measure_together
-from orchestrator.calibration.machine import _rank_counts, _thread_counts
+from orchestrator.calibration.machine import _kind, _rank_counts, _thread_counts
 from orchestrator.calibration.others import Usage
 from orchestrator.calibration.questions import TINY_QUESTIONS, make_documents
 from orchestrator.calibration.task import Task
@@ -118,6 +118,20 @@ def test_a_machine_that_is_too_busy_is_not_measured(monkeypatch: pytest.MonkeyPa
     took = repeat(1.0)
     with pytest.raises(CalibrationFailed, match="while nothing else computes"):
         measure(mode="exact")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("something", "GPU"),
+    ],
+)
+def test_gpus_have_short_names(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert (_kind("cuda"), _kind("cpu")) == (kind, "cpu")
 
 
 def test_a_task_is_read_as_it_was_written() -> None:

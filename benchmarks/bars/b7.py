@@ -125,14 +125,18 @@ def own_command(*arguments: str) -> tuple[str, ...]:
 
 def attack(bench: Bench, plan: Attack) -> dict[str, Any]:
     """Start, wait, strike, look."""
-    with marked(*bench.command(plan.executor, plan.work), executor=plan.executor) as command:
+    # What a killed cluster leaves behind goes with the folder.
+    environ = {"TMPDIR": str(bench.folder)}
+    arguments = bench.command(plan.executor, plan.work)
+    with marked(*arguments, executor=plan.executor, environ=environ) as command:
         rank = 1 if plan.victim == "rank 1" else 0
         if wait_for(lambda: command.find_rank(rank), limit_s=START_S) is None:
             raise SystemExit(f"{plan}: its ranks have not begun; {command.read()[1]}")
         time.sleep(plan.delay_s)
         victim = command.process.pid if plan.victim == "launcher" else command.find_rank(rank)
         if victim is None or command.process.poll() is not None:
-            raise SystemExit(f"{plan}: over before the attack; {command.read()[1]}")
+            code = command.process.poll()
+            raise SystemExit(f"{plan}: over before the attack, {code}: {command.read()[1]}")
         os.kill(victim, plan.number)
         outcome = observe(command, silenced=silenced_by(plan))
     row = {"case": describe(plan), "holds": outcome.is_in_time, **asdict(outcome)}
@@ -246,7 +250,8 @@ def expect(
 
 def main() -> int:
     """Measure the row."""
-    with tempfile.TemporaryDirectory() as folder:
+    # A short name: Ray's sockets below it have long ones.
+    with tempfile.TemporaryDirectory(prefix="b7") as folder:
         bench = Bench(folder=Path(folder))
         bench.prepare()
         rows = [taken_port(bench, is_launched=True), taken_port(bench, is_launched=False)]

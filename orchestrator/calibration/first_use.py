@@ -1,7 +1,8 @@
 """What a process takes once, whatever it computes: `python -m orchestrator.calibration.first_use`.
 
-Owns a process of its own, in which nothing has been computed yet. It writes two numbers: resident
-bytes that libraries take when they are first used, and seconds before the first document.
+Owns a process of its own, in which nothing has been computed yet. It writes two numbers: bytes that
+libraries take when they are first used (resident, or of the GPU), and seconds before the first
+document.
 """
 
 from __future__ import annotations
@@ -18,6 +19,14 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def gpu_bytes() -> int:
+    """Memory of the GPU that is taken, but not by tensors or what the allocator keeps for them."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free - torch.cuda.memory_reserved())
+
+
 def main() -> int:
     """Import what an engine imports; then use, for the first time, what every document needs."""
     backend_name, device = sys.argv[1:]
@@ -28,7 +37,8 @@ def main() -> int:
     importlib.import_module("transformers.utils.chat_template_utils")
     start_s = time.perf_counter() - began
     _compute(backend_name, device)
-    sys.stdout.write(f"{resident_bytes() - before} {start_s}\n")
+    taken = resident_bytes() - before if device == "cpu" else gpu_bytes()
+    sys.stdout.write(f"{taken} {start_s}\n")
     return 0
 
 

@@ -136,7 +136,8 @@ def _is_loopback(address: str) -> bool:
 def _private_folder() -> Iterator[str]:
     """A folder for Ray's sockets and logs below one that is closed to others: Ray opens its own."""
     with TemporaryDirectory(prefix="longspan-ray-") as closed:
-        yield os.path.join(closed, "ray")
+        # Short: the path of a socket below it must fit into 107 bytes.
+        yield os.path.join(closed, "r")
 
 
 @contextmanager

@@ -80,6 +80,7 @@ def test_a_rank_that_never_comes_is_reported(config: EngineConfig) -> None:
     ) as caught:
         ask(replace(config, model="absent", timeout_s=4.0), 2)
     assert isinstance(caught.value.__cause__, RendezvousFailed)
+    assert "not all ranks began" in str(caught.value.__cause__)  # and rank 0 did not wait for them
 
 
 def test_a_stopped_rank_is_ended_and_reported(config: EngineConfig) -> None:

@@ -76,6 +76,15 @@ def test_known_gpus_need_no_file_and_a_file_of_their_kind_is_preferred(tmp_path:
     assert find_topology(parse_machine("2xH200")).origin.startswith("published")
 
 
+def test_one_measured_gpu_borrows_published_links(tmp_path: Path) -> None:
+    file = tmp_path / "one.json"
+    file.write_text(encode_topology(machine(1, links=())))
+    alone, two = (find_topology(parse_machine(f"{n}xH100"), file) for n in (1, 2))
+    assert (alone.links, alone.origin) == ((), "test")
+    assert {link.ranks for link in two.links} == {2}
+    assert two.origin == "test; links from published figures"
+
+
 def test_a_cpu_needs_its_file(topology_file: Path) -> None:
     assert find_topology(parse_machine("cpu:1"), topology_file).num_devices == 1
     with pytest.raises(TopologyInvalid, match="run longspan calibrate"):

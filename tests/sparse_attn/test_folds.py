@@ -12,8 +12,9 @@ from torch import Tensor
 from sparse_attn import reference
 from sparse_attn.api import Backend, find_backend
 from sparse_attn.select.base import Limit
+from sparse_attn.select.centroid_build import CentroidParams
 from sparse_attn.state import Part
-from tests.sparse_attn.inputs import SCALE, Layer, hold, make_layer, random_qkv
+from tests.sparse_attn.inputs import PARAMS, SCALE, Layer, hold, make_layer, random_qkv
 from tests.sparse_attn.reading import Read, spread, together
 
 NATIVE, TORCH, REFERENCE = (find_backend(name) for name in ("native", "torch", "reference"))
@@ -42,10 +43,13 @@ def assert_same_part(a: Part, b: Part) -> None:
 
 @lru_cache(maxsize=64)
 def split(
-    lengths: tuple[int, ...], num_callers: int, dtype: torch.dtype = torch.float32
+    lengths: tuple[int, ...],
+    num_callers: int,
+    dtype: torch.dtype = torch.float32,
+    params: CentroidParams = PARAMS,
 ) -> list[Layer]:
     """What each of the callers holds of a document; changed by no test."""
-    segments = make_layer(lengths, dtype=dtype)
+    segments = make_layer(lengths, dtype=dtype, params=params)
     return [hold(segments, caller, num_callers) for caller in range(num_callers)]
 
 
@@ -155,6 +159,24 @@ def test_units_of_any_number_of_callers(
     for num_callers in CALLERS:
         layers = split(lengths, num_callers, dtype)
         assert_same_read(Read(backend, layers, q, limit, levels=levels), whole)
+
+
+@FAST
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("num_callers", CALLERS[1:])
+def test_folds_of_more_units_than_an_item_has(
+    backend: Backend, levels: int, num_callers: int
+) -> None:
+    """Items are counted from the beginning of a fold, whichever column that is."""
+    params = CentroidParams(keys_per_cluster=1, clusters_per_group=2)
+    lengths = (310, 590, 33)
+    q, _, _ = random_qkv(2, 1, seed=3, spread=2.0)
+    whole, own = (
+        Read(backend, split(lengths, n, torch.float32, params), q, Limit(keys=300), levels=levels)
+        for n in (1, num_callers)
+    )
+    assert int(split(lengths, 1, torch.float32, params)[0].index.clusters.bounds.diff().max()) > 512
+    assert_same_read(own, whole)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
