@@ -39,9 +39,10 @@ class Units:
     centroids, variances, value_sums: [G, C, D], any float type; log_sizes (-inf at padding),
     critical (the spread sqrt(2 log n) where the estimate bends), rank_weights (benefit of reading
     the unit per share of attention), radii: [G, U] float32; starts, sizes: [G, U] int64, in flat
-    slots. bounds: [G, 9] int64, the columns of head g's fold v are bounds[g, v] to bounds[g, v +
-    1]; columns after the last are padding, of size 0. ids: [G, U] int64 below 2^31, rising along a
-    head's columns, unique for a head over all callers: equal benefits are taken by lowest id.
+    slots. bounds: [G, 9] int64 on the host, the columns of head g's fold v are bounds[g, v] to
+    bounds[g, v + 1]; columns after the last are padding, of size 0. ids: [G, U] int64 below 2^31,
+    rising along a head's columns, unique for a head over all callers: equal benefits are taken by
+    lowest id.
     columns: [G, U] int64, the column of each unit in the large tables (-1: padding), None where
     each is its own. The large tables are those of the store, never copied.
     """

@@ -80,7 +80,17 @@ def test_a_rank_that_never_comes_is_reported(config: EngineConfig) -> None:
     ) as caught:
         ask(replace(config, model="absent", timeout_s=4.0), 2)
     assert isinstance(caught.value.__cause__, RendezvousFailed)
-    assert "not all ranks began" in str(caught.value.__cause__)  # and rank 0 did not wait for them
+
+
+def test_rank_0_does_not_wait_for_a_rank_that_cannot_begin(config: EngineConfig) -> None:
+    with (
+        pytest.raises(
+            RankFailed, match=r"rank 1 of 2 failed first.*: ModuleNotFoundError: "
+        ) as caught,
+        spawn_ranks(config, 2, entry="tests.cluster.nothing:serve"),
+    ):
+        pytest.fail("there is nobody to meet")
+    assert "not all ranks began" in str(caught.value.__cause__)
 
 
 def test_a_stopped_rank_is_ended_and_reported(config: EngineConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,6 +58,21 @@ def part_of(ranks: Ranks, columns: list[int]) -> Ranks:
     seed=st.integers(0, 2**16),
 )
 def test_the_union_of_cut_lists_is_the_choice_of_one_caller(
+    folds: list[int], limit: Limit, num_callers: int, extra: int, seed: int
+) -> None:
+    assert_same_choice(folds, limit, num_callers, extra, seed)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_ties_across_callers_go_to_the_lowest_id(seed: int) -> None:
+    """Many units and a limit in the midst of them, which a search for simple cases seldom tries."""
+    generator = torch.Generator().manual_seed(seed)
+    folds = torch.randint(0, NUM_FOLDS, (30,), generator=generator).tolist()
+    limit = Limit(keys=15 + seed % 30) if seed % 3 else Limit(mass=0.3 + seed / 150)
+    assert_same_choice(folds, limit, (2, 4, 8)[seed % 3], seed % 2, seed)
+
+
+def assert_same_choice(
     folds: list[int], limit: Limit, num_callers: int, extra: int, seed: int
 ) -> None:
     folds = sorted(folds)

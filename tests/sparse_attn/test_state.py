@@ -136,6 +136,14 @@ def test_merging_leaves_its_arguments_as_they_were(backend: Backend) -> None:
     assert_bits(parts, before)
 
 
+def test_log_add_of_a_number_does_not_depend_on_its_place() -> None:
+    a, b = 3 * torch.randn(2, 3000, generator=torch.Generator().manual_seed(2))
+    whole = log_add(a, b)
+    for first in range(0, 3000, 7):
+        own = slice(first, first + 7)
+        assert torch.equal(log_add(a[own].clone(), b[own].clone()), whole[own])
+
+
 def test_log_add_is_logaddexp_and_hides_no_fault() -> None:
     a, b = 30 * torch.randn(2, 500, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(log_add(a, b), torch.logaddexp(a, b))
