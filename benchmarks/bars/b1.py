@@ -65,7 +65,7 @@ class Found:
 
 
 def main() -> int:
-    """Measure the row; `--tiny` leaves the real model out."""
+    """Measure the row; with `--tiny`, which leaves the real model out, it cannot hold."""
     found = Found()
     cases = ["tiny"] if "--tiny" in sys.argv else list(CASES)
     with tempfile.TemporaryDirectory() as folder:
@@ -73,12 +73,14 @@ def main() -> int:
             tiny = save_long_model(Path(folder) / "tiny") if case == "tiny" else None
             model = str(tiny) if tiny else DEFAULT_MODEL
             _measure(case, model, Path(folder) / case, LONG_TEXT if tiny else None, found)
-    measured = {name: getattr(found, name) for name in Found.__slots__}
-    return print_row(row="B1", measured=measured, bar=BAR, holds=found.holds)
+    measured = {"cases": cases, **{name: getattr(found, name) for name in Found.__slots__}}
+    holds = found.holds and cases == list(CASES)
+    return print_row(row="B1", measured=measured, bar=BAR, holds=holds)
 
 
 def _measure(case: str, model: str, store: Path, text: str | None, found: Found) -> None:
     num_segments = run_over("threads", "1x1", model, store, ingest("one", text=text))
+    found.fewest_segments_of_a_document = min(found.fewest_segments_of_a_document, num_segments)
     one = {mode: run_over("threads", "1x1", model, store, trace("one", mode)) for mode in MODES}
     for mesh in CASES[case]:
         for kind in ("threads", "gloo"):

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.cluster.child import Command
@@ -55,8 +56,11 @@ def _read_state(pid: int) -> str:
 
 def children_of(pid: int) -> list[int]:
     """Ids of a process's children, whichever of its threads started them."""
-    files = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(word) for file in files for word in file.read_text(encoding="ascii").split()]
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, file.read_text(encoding="ascii").split())
+    return found
 
 
 def find_processes(word: str, *, below: int | None = None) -> list[int]:
