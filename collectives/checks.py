@@ -63,6 +63,17 @@ def check_rows(what: str, tensor: torch.Tensor, size: int) -> None:
         )
 
 
+def check_columns(what: str, tensor: torch.Tensor, widths: Sequence[int], *, rank: int) -> None:
+    """Raise GroupMisuse unless the tensor can be moved and has its rank's number of columns."""
+    check_tensor(what, tensor)
+    width = widths[rank] if rank < len(widths) else None
+    if tensor.dim() != 2 or tensor.shape[1] != width:
+        raise GroupMisuse(
+            f"{what}: shape {tuple(tensor.shape)} on rank {rank}; limit [T, n] with n of "
+            f"{list(widths)}, one a rank; give every rank the widths of all"
+        )
+
+
 def check_source(what: str, tensor: torch.Tensor, source: int, size: int) -> None:
     """Raise GroupMisuse unless the tensor can be moved and `source` is a rank."""
     check_tensor(what, tensor)

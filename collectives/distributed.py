@@ -4,7 +4,9 @@ Owns the mapping of a `Group` onto a process group, and that a lost or late rank
 Refuses to make process groups other than subgroups of its own: `bootstrap.join` does that.
 
 Every operation is started asynchronously and waited for; the blocking forms do both. On a CPU gloo
-works in threads of its own, and a wait raises when the deadline has passed. On a GPU NCCL runs on a
+works in threads of its own, and a wait raises when the deadline has passed; between the ranks of
+one machine large tensors go through memory that they share (`shared_memory.py`), and gloo says when
+they lie there. On a GPU NCCL runs on a
 stream of its own beside the caller's: a wait orders the caller's stream after it and costs the host
 nothing, so neither launching ahead nor overlap is lost. What became of it the host learns in
 `settle`, which looks at each operation in turn and raises where nothing has ended within the
@@ -25,6 +27,7 @@ import torch.distributed as dist
 from collectives import backend
 from collectives.checks import (
     Reduction,
+    check_columns,
     check_members,
     check_peer,
     check_reduction,
@@ -32,11 +35,13 @@ from collectives.checks import (
     check_source,
     check_tensor,
 )
+from collectives.columns import SideBySide
 from collectives.errors import GroupMisuse, PeerLost
 from collectives.flight import Flight
 from collectives.group import Group, Pending, SoloGroup
 from collectives.liveness import await_gone
 from collectives.messages import ByteMessages
+from collectives.shared_memory import MIN_BYTES, NOTICE_WIDTH, Outboxes, open_outboxes
 from collectives.watch import Launched, Unfinished, await_all, drop_completed
 
 _MAX_UNSETTLED = 256
@@ -59,6 +64,7 @@ class DistributedGroup(ByteMessages):
         "_is_device_apart",
         "_lost",
         "_made",
+        "_outboxes",
         "_processes",
         "_rank",
         "_ranks",
@@ -75,6 +81,7 @@ class DistributedGroup(ByteMessages):
         timeout_s: float,
         processes: Sequence[bytes] = (),
         control: DistributedGroup | None = None,
+        outboxes: Outboxes | None = None,
     ) -> None:
         self._handle = handle
         self._rank = handle.rank()
@@ -84,6 +91,7 @@ class DistributedGroup(ByteMessages):
         self._timeout_s = timeout_s
         self._processes = processes
         self._control = control
+        self._outboxes = outboxes
         self._made = [] if control is None else [control]
         self._lost: PeerLost | None = None
         self._unsettled: deque[Launched] = deque()
@@ -135,6 +143,8 @@ class DistributedGroup(ByteMessages):
         """Begin `all_gather`."""
         check_tensor("all_gather", tensor)
         gathered = tensor.new_empty((self.size, *tensor.shape))
+        if self._is_shared(tensor.nbytes):
+            return self._start_shared("all_gather", tensor, gathered, list(gathered))
         return self._start(
             "all_gather",
             lambda: backend.all_gather(
@@ -166,6 +176,9 @@ class DistributedGroup(ByteMessages):
         """Begin `all_to_all`."""
         check_rows("all_to_all", tensor, self.size)
         received = torch.empty_like(tensor)
+        if self._is_shared(tensor.nbytes):
+            rows = list(received)
+            return self._start_shared("all_to_all", tensor, received, rows, row=self.rank)
         return self._start(
             "all_to_all",
             lambda: dist.all_to_all_single(
@@ -174,6 +187,17 @@ class DistributedGroup(ByteMessages):
             tensor,
             result=received,
         )
+
+    def start_gather_columns(self, tensor: torch.Tensor, widths: Sequence[int]) -> Pending:
+        """Begin to put the tensors of all side by side."""
+        check_columns("gather_columns", tensor, widths, rank=self.rank)
+        num_tokens = tensor.shape[0]
+        # As all see it, whatever this rank's own width is.
+        if not self._is_shared(num_tokens * max(widths) * tensor.element_size()):
+            return SideBySide(self, tensor, widths)
+        joined = tensor.new_empty(num_tokens, sum(widths))
+        places = torch.split(joined, list(widths), dim=1)
+        return self._start_shared("gather_columns", tensor, joined, places)
 
     def send(self, tensor: torch.Tensor, *, target: int) -> None:
         """Give `tensor` to rank `target`; small ones may be on their way when it returns."""
@@ -254,6 +278,8 @@ class DistributedGroup(ByteMessages):
         for group in self._made:
             group.forget()
         self._made.clear()
+        if self._outboxes is not None:
+            self._outboxes.close()
         if hasattr(self, "_handle"):
             del self._handle
 
@@ -268,6 +294,8 @@ class DistributedGroup(ByteMessages):
             raise self._lose("subgroup", error) from error
         if handle is None:
             return None
+        # Only a group with a control group moves large tensors.
+        outboxes = open_outboxes(control) if control and not self._is_device_apart else None
         made = DistributedGroup(
             handle,
             ranks=ranks,
@@ -275,6 +303,7 @@ class DistributedGroup(ByteMessages):
             timeout_s=self._timeout_s,
             processes=self._processes,
             control=control,
+            outboxes=outboxes,
         )
         self._made.append(made)
         return made
@@ -289,18 +318,7 @@ class DistributedGroup(ByteMessages):
         peer: int | None = None,
     ) -> Flight:
         """Begin an operation of torch.distributed whose other arguments are known to be right."""
-        if tensor.device != self._device:
-            raise GroupMisuse(
-                f"{operation}: tensor on {tensor.device}; limit {self._device}, the group's "
-                "device; move the tensor there, and let bytes go over the control group"
-            )
-        if self._lost is not None:
-            raise self._lost
-        if not hasattr(self, "_handle"):
-            raise GroupMisuse(
-                f"{operation}: the group was left; limit the time between join and its end; "
-                "join again"
-            )
+        self._check_open(operation, tensor)
         try:
             work = call()
         except RuntimeError as error:
@@ -314,6 +332,55 @@ class DistributedGroup(ByteMessages):
             drop_completed(self._unsettled, max_left=_MAX_UNSETTLED)
         finish = partial(self._finish, operation, work, peer=peer)
         return Flight(result=result, held=tensor, finish=finish)
+
+    def _check_open(self, operation: str, tensor: torch.Tensor) -> None:
+        if tensor.device != self._device:
+            raise GroupMisuse(
+                f"{operation}: tensor on {tensor.device}; limit {self._device}, the group's "
+                "device; move the tensor there, and let bytes go over the control group"
+            )
+        if self._lost is not None:
+            raise self._lost
+        if not hasattr(self, "_handle"):
+            raise GroupMisuse(
+                f"{operation}: the group was left; limit the time between join and its end; "
+                "join again"
+            )
+
+    def _is_shared(self, num_bytes: int) -> bool:
+        """Whether tensors of that size, which all ranks bring, go through shared memory."""
+        return self._outboxes is not None and num_bytes >= MIN_BYTES
+
+    def _start_shared(
+        self,
+        operation: str,
+        tensor: torch.Tensor,
+        result: torch.Tensor,
+        places: Sequence[torch.Tensor],
+        *,
+        row: int = 0,
+    ) -> Flight:
+        """Begin to fill `result`: each rank's place in it with the row of what that rank brings."""
+        self._check_open(operation, tensor)
+        assert self._outboxes is not None
+        post_idx, notice = self._outboxes.post(tensor)
+        notices = notice.new_empty((self.size, NOTICE_WIDTH))
+        flight = self._start(
+            operation,
+            lambda: backend.all_gather(notices.view(-1), notice, group=self._handle, async_op=True),
+            notice,
+            result=notices,
+        )
+        finish = partial(self._collect, flight, post_idx, places, row)
+        return Flight(result=result, held=None, finish=finish)
+
+    def _collect(
+        self, notices: Flight, post_idx: int, places: Sequence[torch.Tensor], row: int
+    ) -> None:
+        """Copy a post of every rank out of its outbox, once all notices are here."""
+        assert self._outboxes is not None
+        self._outboxes.read(notices.wait(), places, row=row)
+        self._outboxes.take(post_idx)
 
     def _finish(self, operation: str, work: dist.Work, *, peer: int | None) -> None:
         if self._lost is not None:

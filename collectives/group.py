@@ -13,6 +13,7 @@ import torch
 
 from collectives.checks import (
     Reduction,
+    check_columns,
     check_members,
     check_peer,
     check_reduction,
@@ -91,6 +92,12 @@ class Group(Protocol):
 
     def start_all_to_all(self, tensor: torch.Tensor) -> Pending:
         """Begin `all_to_all`."""
+
+    def start_gather_columns(self, tensor: torch.Tensor, widths: Sequence[int]) -> Pending:
+        """Begin to put `[T, widths[r]]` of every rank r side by side: `[T, sum(widths)]` for all.
+
+        Every rank gives the widths of all. The result may be `tensor` itself where one has all.
+        """
 
     def settle(self) -> None:
         """Return once all that was started on this group is done; PeerLost after the deadline."""
@@ -178,6 +185,11 @@ class SoloGroup(ByteMessages):
     def start_all_to_all(self, tensor: torch.Tensor) -> Pending:
         """`all_to_all`, which is done at once."""
         return Done(self.all_to_all(tensor))
+
+    def start_gather_columns(self, tensor: torch.Tensor, widths: Sequence[int]) -> Pending:
+        """`tensor` itself, at once."""
+        check_columns("gather_columns", tensor, widths, rank=self.rank)
+        return Done(tensor)
 
     def settle(self) -> None:
         """Return at once."""

@@ -21,7 +21,7 @@ _GONE = frozenset("ZXTt")  # zombie, dead, stopped, stopped by a tracer
 
 def describe_process() -> bytes:
     """What another process of this machine needs to watch this one; empty where it cannot."""
-    place = _find_place()
+    place = find_place()
     fields = _read_stat(os.getpid())
     if place is None or fields is None:
         return b""
@@ -30,7 +30,7 @@ def describe_process() -> bytes:
 
 def find_gone(described: Sequence[bytes]) -> list[int]:
     """Indices of the described processes that have ended or stand still, on this machine."""
-    place = _find_place()
+    place = find_place()
     return [idx for idx, process in enumerate(described) if _is_gone(process, place)]
 
 
@@ -52,8 +52,8 @@ def _is_gone(process: bytes, here: str | None) -> bool:
     return fields is None or fields[_START_TIME] != started or fields[_STATE] in _GONE
 
 
-def _find_place() -> str | None:
-    """Machine, since its start, and process namespace."""
+def find_place() -> str | None:
+    """Machine, since its start, and process namespace; None on a system without /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         # Elsewhere the same boot may be seen through another /proc.

@@ -18,6 +18,7 @@ import torch
 from collectives.board import Board
 from collectives.checks import (
     Reduction,
+    check_columns,
     check_members,
     check_peer,
     check_reduction,
@@ -25,6 +26,7 @@ from collectives.checks import (
     check_source,
     check_tensor,
 )
+from collectives.columns import SideBySide
 from collectives.errors import GroupMisuse
 from collectives.group import Group, Pending, SoloGroup
 from collectives.messages import ByteMessages
@@ -133,6 +135,11 @@ class ThreadGroup(ByteMessages):
             tensor,
             lambda posted: torch.stack([rows[self.rank] for rows in posted]),
         )
+
+    def start_gather_columns(self, tensor: torch.Tensor, widths: Sequence[int]) -> Pending:
+        """Begin to put the tensors of all side by side."""
+        check_columns("gather_columns", tensor, widths, rank=self.rank)
+        return SideBySide(self, tensor, widths)
 
     def send(self, tensor: torch.Tensor, *, target: int) -> None:
         """Give `tensor` to rank `target` and return once that has taken it."""

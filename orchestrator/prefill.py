@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from collectives.mesh import split_evenly
 from collectives.overlap import Steps, run_pair, run_steps
 from kv_store import Holding, Layout, ResidentDocument
 from orchestrator.model.decoder import Attend, Decoder, Store
@@ -205,11 +206,9 @@ class PrefillAttention:
             )
             for rank in range(place.flat.size)
         ]
-        widest = max(widths)
-        padded = functional.pad(own, (0, 0, 0, widest - own.shape[1])).contiguous()
-        gathered = yield place.flat.start_all_gather(padded)
-        cut = [rows[:, :width] for rows, width in zip(gathered, widths, strict=True)]
-        return torch.cat(cut, dim=1)
+        columns = [width * own.shape[2] for width in widths]
+        joined = yield place.flat.start_gather_columns(own.flatten(1).contiguous(), columns)
+        return joined.view(own.shape[0], place.num_heads, -1)
 
 
 class Prefill:
@@ -288,11 +287,13 @@ class Prefill:
         full, sliding = attention.full_layers, attention.sliding_layers
         kept = stop - start - layout.sliding_tokens(segment_idx)
         heads: dict[int, dict[str, Tensor]] = {kv_head_idx: {} for kv_head_idx in kv_heads}
+        clusters = self._clusters_of(k[full], v[full], layout.clustered_span(segment_idx))
         owned = [head for head in kv_heads if self.place.owns(segment_idx, head)]
         if owned:
             own = [head - kv_heads.start for head in owned]
-            clustered = layout.clustered_span(segment_idx)
-            tensors = order_segment(k[full][:, own], v[full][:, own], clustered, self._clusters)
+            tensors = put_in_order(
+                k[full][:, own], v[full][:, own], {n: x[:, own] for n, x in clusters.items()}
+            )
             tensors["positions"] += start
             for i, head in enumerate(owned):
                 heads[head] = {name: x[:, i].contiguous() for name, x in tensors.items()}
@@ -302,6 +303,26 @@ class Prefill:
                 heads[head]["sliding_v"] = v[sliding, i, kept:].contiguous()
         return heads
 
+    def _clusters_of(self, k: Tensor, v: Tensor, clustered: tuple[int, int]) -> dict[str, Tensor]:
+        """Clusters of k, v [L, G, S, D]: every context rank has these keys, so each clusters as
+        many heads of layers as the others, whoever owns them, and all get all.
+        """
+        context, params = self.place.context, self._clusters
+        num_layers, num_kv_heads = k.shape[:2]
+        if context.size == 1 or params is None or num_layers == 0:
+            return cluster_segment(k, v, clustered, params)
+        runs = split_evenly(num_layers * num_kv_heads, context.size)
+        own = runs[context.rank] or range(1)  # who has none brings rows that nobody takes
+        own_k, own_v = (x.flatten(0, 1)[own.start : own.stop].unsqueeze(1) for x in (k, v))
+        built = cluster_segment(own_k, own_v, clustered, params)
+        widest = max(len(run) for run in runs)
+        gathered = {}
+        for name, tensor in built.items():
+            brought = context.all_gather(_pad_rows(tensor.squeeze(1), widest))
+            rows = [x[: len(run)] for x, run in zip(brought, runs, strict=True)]
+            gathered[name] = _by_layer(torch.cat(rows), num_layers)
+        return gathered
+
 
 def _beside(parts: list[Part]) -> Part:
     """Parts of other query heads, side by side."""
@@ -310,26 +331,46 @@ def _beside(parts: list[Part]) -> Part:
     return Part(torch.cat([p.out for p in parts], dim=1), torch.cat([p.lse for p in parts], dim=1))
 
 
-def order_segment(
+def cluster_segment(
     k: Tensor, v: Tensor, clustered: tuple[int, int], params: CentroidParams | None
 ) -> dict[str, Tensor]:
-    """Slot order and clusters of k, v [L, G, S, D] of one segment, all tensors [L, G, ...]."""
-    num_layers, num_kv_heads, num_tokens, head_dim = k.shape
+    """Clusters of k, v [L, G, S, D] of one segment, and `order`, the token of each slot, all
+    [L, G, ...]; nothing where there is nothing to cluster.
+    """
+    num_layers, _, num_tokens, _ = k.shape
     if params is None or num_layers == 0:
-        positions = torch.arange(num_tokens, device=k.device, dtype=torch.int32)
-        return {"k": k, "v": v, "positions": positions.expand(num_layers, num_kv_heads, -1).clone()}
+        return {}
     first, last = clustered
     built = build(
-        k.reshape(-1, num_tokens, head_dim),
-        v.reshape(-1, num_tokens, head_dim),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
         num_sinks=first,
         num_window=num_tokens - last,
         params=params,
     )
-    tensors = {name: x.view(num_layers, num_kv_heads, *x.shape[1:]) for name, x in built.items()}
-    order = tensors.pop("order")
+    return {name: _by_layer(x, num_layers) for name, x in built.items()}
+
+
+def put_in_order(k: Tensor, v: Tensor, clusters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is stored of k, v [L, G, S, D]: both in slot order, positions, and the clusters."""
+    num_layers, num_kv_heads, num_tokens, head_dim = k.shape
+    if not clusters:
+        positions = torch.arange(num_tokens, device=k.device, dtype=torch.int32)
+        return {"k": k, "v": v, "positions": positions.expand(num_layers, num_kv_heads, -1).clone()}
+    tables = dict(clusters)
+    order = tables.pop("order")
     index = order.unsqueeze(-1).expand(-1, -1, -1, head_dim)
-    return {"k": k.gather(2, index), "v": v.gather(2, index), "positions": order.int(), **tensors}
+    return {"k": k.gather(2, index), "v": v.gather(2, index), "positions": order.int(), **tables}
+
+
+def _by_layer(x: Tensor, num_layers: int) -> Tensor:
+    """[L G, ...] as [L, G, ...]."""
+    return x.view(num_layers, -1, *x.shape[1:])
+
+
+def _pad_rows(x: Tensor, num_rows: int) -> Tensor:
+    """Contiguous [num_rows, ...]: x, then zeros."""
+    return torch.cat([x, x.new_zeros(num_rows - x.shape[0], *x.shape[1:])])
 
 
 def _positions(ids: Tensor, start: int) -> Tensor:

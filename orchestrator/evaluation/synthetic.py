@@ -15,7 +15,7 @@ from orchestrator.ingest import NUM_SINKS
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.context import DocumentContext
 from orchestrator.place import alone
-from orchestrator.prefill import order_segment
+from orchestrator.prefill import cluster_segment, put_in_order
 from sparse_attn.select.centroid_build import CentroidParams
 
 KEYS_PER_CENTRE = 24
@@ -68,7 +68,8 @@ def _segment(
     keys = _clustered_keys(shape, start, device, generator).to(dtype)
     values = torch.randn(shape, generator=generator, device=device).to(dtype)
     clustered = layout.clustered_span(segment_idx)
-    tensors = order_segment(keys, values, clustered, CentroidParams())
+    clusters = cluster_segment(keys, values, clustered, CentroidParams())
+    tensors = put_in_order(keys, values, clusters)
     tensors["positions"] += start
     if layout.num_sliding_layers:
         kept = layout.sliding_tokens(segment_idx)

@@ -211,10 +211,4 @@ class Decoder:
         """All columns [T, N] on every rank, from each rank's own [T, n]."""
         if columns.size == 1:
             return own
-        widest = max(columns.widths)
-        padded = functional.pad(own, (0, widest - columns.width)).contiguous()
-        gathered = yield self._group.start_all_gather(padded)
-        if min(columns.widths) == widest:
-            return gathered.transpose(0, 1).reshape(own.shape[0], columns.total)
-        cut = (rows[:, :width] for rows, width in zip(gathered, columns.widths, strict=True))
-        return torch.cat(list(cut), dim=1)
+        return (yield self._group.start_gather_columns(own, columns.widths))

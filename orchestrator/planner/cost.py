@@ -23,7 +23,7 @@ from orchestrator.planner.shards import (
 from orchestrator.planner.topology import Contention, Operation, Rates, Topology
 from orchestrator.planner.workload import Choice, Workload
 
-_FLOAT, _HALF, _INT = 4, 2, 4
+_FLOAT, _HALF, _INT, _LONG = 4, 2, 4, 8
 # Rows and columns of the tile of a matrix product on a GPU (cuBLAS's usual one on Hopper).
 TILE = 128
 # The two-level look-up opens groups that hold this many times the keys to be read
@@ -268,7 +268,9 @@ class Cost:
     # ---- a segment's clusters and files ----
 
     def cluster_s(self, segment_idx: int) -> float:
-        """K-means over a segment's keys, then over its clusters: 2 n C D flops an assignment."""
+        """K-means over a segment's keys, then over its clusters: 2 n C D flops an assignment; every
+        context rank takes as many problems, and all get the tables of all.
+        """
         rule, D = self.workload.clusters, self.workload.cfg.head_dim
         first, last = self.layout.clustered_span(segment_idx)
         n = last - first
@@ -276,9 +278,11 @@ class Cost:
             return 0.0
         clusters, columns, groups = rule.clusters_of(n), rule.columns_of(n), rule.groups_of(n)
         per_problem = (rule.iterations + 1) * 2.0 * D * (n * clusters + columns * groups)
-        problems = self.slots.owned_heads[segment_idx] * len(self.workload.cfg.full_layers)
+        problems = self.heads.own_problems
         rate = self.rates.cluster_flops_per_s.at(n)
-        return problems * per_problem / rate * self.contention.compute
+        computed_s = problems * per_problem / rate * self.contention.compute
+        tables = problems * ((columns + groups) * self.column_bytes + n * _LONG)
+        return computed_s + self.collective_s("all_gather", tables, self.choice.mesh.context)
 
     def segment_file_bytes(self, segment_idx: int) -> int:
         """Bytes of a segment's files, of all KV heads."""

@@ -23,8 +23,10 @@ HEAP_BLOCK_BYTES = 32 << 20
 TOKENIZER_BYTES_PER_ENTRY = 480
 # A quantised file is undone in pieces of this size (`model/gguf_file.py`).
 _PIECE_BYTES = 1 << 26
-# Threads on which gloo carries out collectives.
-_GLOO_THREADS = 2
+# Pieces of a rank's outbox for tensors of one size, where it waits as it goes.
+_PIECES = 2
+# As `sparse_attn.select.centroid_build.MAX_DISTANCE_BYTES`, on a CPU and on a GPU.
+_MAX_DISTANCE_BYTES = {True: 2 << 20, False: 1 << 30}
 # Tile in which question tokens look up together (`AttentionPlan.tile_tokens`).
 _TILE_TOKENS = 64
 
@@ -99,13 +101,19 @@ def open_segment_bytes(workload: Workload, mesh: Mesh, item_bytes: int) -> int:
 
 
 def staging_bytes(workload: Workload, choice: Choice, topology: Topology) -> int:
-    """What the threads that carry out collectives keep, on a CPU: each has a heap of its own, which
-    once held the largest of them (the gather of the MLP's activation), brought and received.
+    """What the ranks of one machine keep of memory that they share, on CPUs: in every rank's outbox
+    two pieces of the largest tensors, the MLP's activation, heads' outputs, and cluster tables.
     """
-    if not topology.is_cpu or choice.mesh.num_ranks == 1:
+    cfg, mesh, rule = workload.cfg, choice.mesh, workload.clusters
+    if not topology.is_cpu or mesh.num_ranks == 1:
         return 0
-    columns = workload.cfg.mlp_dim + widest_shard(workload.cfg, choice.mesh).mlp.width
-    return _GLOO_THREADS * choice.chunk_tokens * columns * topology.item_bytes
+    columns = cfg.mlp_dim + cfg.num_heads * cfg.head_dim
+    staged = choice.chunk_tokens * columns * topology.item_bytes
+    if mesh.context > 1:
+        units = rule.columns_of(min(workload.segment_tokens, workload.num_tokens))
+        own = head_share(cfg, mesh).own_problems
+        staged += mesh.context * own * units * cfg.head_dim * _HALF
+    return _PIECES * staged
 
 
 def ingest_memory(workload: Workload, choice: Choice, topology: Topology) -> MemoryUse:
@@ -179,21 +187,26 @@ def cluster_phases(workload: Workload, choice: Choice, topology: Topology) -> li
     """Buffers while a full segment is clustered, put in slot order, and written."""
     cfg, rule, item = workload.cfg, workload.clusters, topology.item_bytes
     layout = workload.layout(topology.dtype)
-    share = slot_share(layout, choice.mesh, rule)
+    share, group = slot_share(layout, choice.mesh, rule), head_share(cfg, choice.mesh)
     tokens = min(workload.segment_tokens, workload.num_tokens)
     heads, layers, D = max(share.owned_heads), len(cfg.full_layers), cfg.head_dim
-    B = heads * layers
-    clusters, columns = rule.clusters_of(tokens), rule.columns_of(tokens)
-    stored, wide, labels = B * tokens * D * item, B * tokens * D * _FLOAT, B * tokens * _LONG
+    clusters, units = rule.clusters_of(tokens), rule.columns_of(tokens) + rule.groups_of(tokens)
+    # B: problems that a rank clusters; kept: those that it puts in order; known: of its group.
+    B, kept, known = group.own_problems, heads * layers, group.group_kv_heads * layers
+    unit = 3 * D * _HALF + 3 * _INT
+    wide, labels, whole = B * tokens * D * _FLOAT, B * tokens * _LONG, known * tokens * D * item
     widened = [] if item == _FLOAT else [wide, wide]
-    tables = (3 * D * _HALF + 3 * _INT) * B * (columns + rule.groups_of(tokens))
-    centres = B * clusters * D * _FLOAT
-    own = [stored, stored, *widened]
-    kmeans = [*own, B * tokens * clusters * _FLOAT, wide, centres, centres, labels, labels]
-    statistics = [*own, wide, wide, labels, labels, tables]
-    ordered = [stored, stored, stored, stored, labels, labels, tables]
-    each = stored // max(1, heads)
-    written = [stored, stored, *(2 * heads * [each]), tables, tables]
+    distance = tokens * clusters * _FLOAT
+    batch = min(B, max(1, _MAX_DISTANCE_BYTES[topology.is_cpu] // max(1, distance)))
+    some = batch * clusters * D * _FLOAT
+    own = [whole, whole, *widened]
+    kmeans = [*own, batch * distance, batch * tokens * D * _FLOAT, some, some, labels]
+    statistics = [*own, wide, wide, labels, labels, B * units * unit]
+    moved, tables = kept * tokens * D * item, kept * units * unit
+    shared = known * (units * unit + tokens * _LONG) if choice.mesh.context > 1 else 0
+    ordered = [*(4 * [moved]), 2 * kept * tokens * _LONG, tables, shared]
+    each = moved // max(1, heads)
+    written = [moved, moved, *(2 * heads * [each]), tables, tables]
     return [tuple(kmeans), tuple(statistics), tuple(ordered), tuple(written)]
 
 

@@ -59,11 +59,14 @@ def matrix_share(cfg: ModelConfig, mesh: Mesh, rank: int) -> MatrixShare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadShare:
-    """Heads of one head group, and the most query heads whose output one of its ranks owns."""
+    """Heads of one head group, the most query heads whose output one of its ranks owns, and the
+    most KV heads of layers that one clusters of a segment.
+    """
 
     group_heads: int
     group_kv_heads: int
     own_heads: int
+    own_problems: int
 
 
 def head_share(cfg: ModelConfig, mesh: Mesh) -> HeadShare:
@@ -74,6 +77,7 @@ def head_share(cfg: ModelConfig, mesh: Mesh) -> HeadShare:
         group_heads=group_heads,
         group_kv_heads=group_kv_heads,
         own_heads=-(-group_heads // mesh.context),
+        own_problems=-(-group_kv_heads * len(cfg.full_layers) // mesh.context),
     )
 
 
@@ -88,8 +92,8 @@ class SlotShare:
     """Slots (one token of one KV head) of a document over the ranks of a mesh.
 
     held[rank]: slots that a rank holds in the end; sealed[s]: the most that any rank holds of the
-    segments before s; owned_heads[s]: the most KV heads of segment s that one rank clusters and
-    writes; columns[rank], groups[rank]: of the rank's cluster tables.
+    segments before s; owned_heads[s]: the most KV heads of segment s that one rank writes;
+    columns[rank], groups[rank]: of the rank's cluster tables.
     """
 
     held: tuple[int, ...]

@@ -20,6 +20,9 @@ from torch import Tensor
 _RADIUS_SLACK = 1.0 + 1e-4
 # Tables are half as large in half precision; sums and means beyond its range are cut to it.
 _MAX_HALF = torch.finfo(torch.float16).max
+# Of the distances that k-means holds at a time, unless one problem has more: what a core's cache
+# holds, and on a GPU what fills it. Problems are clustered in batches of that size.
+MAX_DISTANCE_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +110,13 @@ def kmeans(points: Tensor, *, num_clusters: int, iterations: int) -> Tensor:
 
     Starts from evenly spaced points; a cluster that loses every point keeps its centre.
     """
+    per_problem = points.shape[1] * num_clusters * points.element_size()
+    batch = max(1, MAX_DISTANCE_BYTES[points.device.type] // per_problem)
+    batches = torch.split(points, batch)
+    return torch.cat([_lloyd(some, num_clusters, iterations) for some in batches])
+
+
+def _lloyd(points: Tensor, num_clusters: int, iterations: int) -> Tensor:
     num_problems, num_points, _ = points.shape
     first = torch.arange(num_clusters, device=points.device) * num_points // num_clusters
     centres = points[:, first]

@@ -1,6 +1,7 @@
 """What every Group has to do, as checks that all of its ranks run together.
 
-Values are small whole numbers, so that sums are exact in bfloat16 and in any order. Tensors are on
+Values are small whole numbers, so that sums are exact in bfloat16 and in any order. The last shape
+is large enough in two dtypes of three for memory that ranks of one machine share. Tensors are on
 torch's default device, which a worker sets to its GPU.
 """
 
@@ -13,7 +14,7 @@ import torch
 
 from collectives import Group, GroupMisuse, Pending, Reduction, SoloGroup
 
-SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (0, 3), (3, 5), (2, 1, 63), (65,))
+SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (0, 3), (3, 5), (2, 1, 63), (65,), (9001,))
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 OPS: tuple[Reduction, ...] = ("sum", "max")
 Check = Callable[[Group, tuple[int, ...], torch.dtype], None]
@@ -67,6 +68,23 @@ def check_all_to_all(group: Group, shape: tuple[int, ...], dtype: torch.dtype) -
     received = group.all_to_all(brought[group.rank].clone())
     assert torch.equal(received, brought[:, group.rank])
     assert torch.equal(group.all_to_all(received), brought[group.rank])
+
+
+def check_gather_columns(group: Group, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Side by side, every rank with a width of its own, also none; two at a time."""
+    num_tokens = torch.Size(shape).numel()
+    widths = [(3 * rank + 2) % 5 for rank in range(group.size)]
+    brought = [make_tensor(rank, (num_tokens, n), dtype) for rank, n in enumerate(widths)]
+    mine = brought[group.rank]
+    first, second = (group.start_gather_columns(x, widths) for x in (mine, mine + 1))
+    expected = torch.cat(brought, dim=1)
+    assert torch.equal(second.wait(), expected + 1)
+    assert torch.equal(first.wait(), expected)
+    assert first.wait() is first.wait()
+    with pytest.raises(GroupMisuse, match="the widths of all"):
+        group.start_gather_columns(mine, [width + 1 for width in widths])
+    with pytest.raises(GroupMisuse, match="the widths of all"):
+        group.start_gather_columns(mine.flatten(), widths)
 
 
 def check_send_and_receive(group: Group, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -215,6 +233,7 @@ CHECKS: tuple[Check, ...] = (
     check_all_gather,
     check_reduce_scatter,
     check_all_to_all,
+    check_gather_columns,
     check_send_and_receive,
     check_broadcast,
     check_masks_move,

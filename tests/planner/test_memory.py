@@ -18,6 +18,7 @@ from orchestrator.model.shapes import SHAPES, random_weights, shape_config
 from orchestrator.model.shard import cut_model
 from orchestrator.planner.memory import (
     HEAP_BLOCK_BYTES,
+    cluster_phases,
     ingest_memory,
     kv_bytes,
     peak_bytes,
@@ -147,6 +148,18 @@ def test_ranks_on_a_cpu_keep_what_collectives_staged() -> None:
     work = workload(1000)
     assert staging_bytes(work, choice("1x2"), machine()) == 0
     assert staging_bytes(work, choice("1x1"), cpu_machine()) == 0
-    inner = LLAMA.mlp_dim
-    wanted = 2 * 512 * (inner + inner // 2) * 4
-    assert staging_bytes(work, choice("1x2"), cpu_machine()) == wanted
+    chunk = 512 * (LLAMA.mlp_dim + LLAMA.num_heads * LLAMA.head_dim) * 4
+    assert staging_bytes(work, choice("2x1"), cpu_machine()) == 2 * chunk
+    # Each of two ranks brings the tables of half of all problems, and sees those of the other.
+    problems, units = LLAMA.num_kv_heads * LLAMA.num_layers, work.clusters.columns_of(1000)
+    tables = problems * units * LLAMA.head_dim * 2
+    assert staging_bytes(work, choice("1x2"), cpu_machine()) == 2 * (chunk + tables)
+
+
+def test_clustering_is_spread_over_context_ranks_and_holds_few_distances() -> None:
+    work = workload(8192)
+    alone, pair = (cluster_phases(work, choice(mesh), machine()) for mesh in ("1x1", "1x2"))
+    assert sum(pair[0]) < sum(alone[0])
+    distances = max(cluster_phases(work, choice(), cpu_machine())[0])
+    assert distances >= 8192 * (8192 // 4) * 4
+    assert distances < LLAMA.num_kv_heads * LLAMA.num_layers * 8192 * (8192 // 4) * 4 // 8

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_attn.select.centroid_build import CentroidParams, build, kmeans
+from sparse_attn.select.centroid_build import MAX_DISTANCE_BYTES, CentroidParams, build, kmeans
 from tests.sparse_attn.inputs import random_qkv
 
 PARAMS = CentroidParams(keys_per_cluster=8, clusters_per_group=4)
@@ -114,3 +114,11 @@ def test_kmeans_finds_separate_groups_of_points() -> None:
     labels = kmeans(points, num_clusters=5, iterations=8)[0]
     assert all(len(set(labels[owner == c].tolist())) == 1 for c in range(5))
     assert len(set(labels.tolist())) == 5
+
+
+def test_kmeans_in_batches_gives_the_same_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = torch.randn(7, 100, 8, generator=torch.Generator().manual_seed(0))
+    together = kmeans(points, num_clusters=25, iterations=4)
+    for num_bytes in (1, 2 * 100 * 25 * 4, 3 * 100 * 25 * 4 + 1):
+        monkeypatch.setitem(MAX_DISTANCE_BYTES, "cpu", num_bytes)
+        assert torch.equal(kmeans(points, num_clusters=25, iterations=4), together)
