@@ -26,7 +26,6 @@ from collectives import backend
 from collectives.distributed import DistributedGroup
 from collectives.errors import GroupMisuse, PeerLost, RendezvousFailed, RendezvousInvalid
 from collectives.liveness import describe_process
-from collectives.shared_memory import Outboxes, open_outboxes
 
 Device = Literal["cpu", "cuda"]
 DEFAULT_TIMEOUT_S = 30.0
@@ -166,16 +165,9 @@ def _meet(rendezvous: Rendezvous, device: torch.device) -> DistributedGroup:
         at: torch.device,
         processes: Sequence[bytes] = (),
         control: DistributedGroup | None = None,
-        outboxes: Outboxes | None = None,
     ) -> DistributedGroup:
         return DistributedGroup(
-            handle,
-            ranks=ranks,
-            device=at,
-            timeout_s=limit_s,
-            processes=processes,
-            control=control,
-            outboxes=outboxes,
+            handle, ranks=ranks, device=at, timeout_s=limit_s, processes=processes, control=control
         )
 
     try:
@@ -189,9 +181,11 @@ def _meet(rendezvous: Rendezvous, device: torch.device) -> DistributedGroup:
         beside = backend.make_handle(ranks, device=backend.CPU, timeout_s=limit_s)
         assert beside is not None
         backend.set_deadline(handle, device=device, timeout_s=limit_s)
-        first = make(beside, backend.CPU)
-        processes = first.all_gather_bytes(describe_process())
-        outboxes = open_outboxes(first) if device == backend.CPU else None
+        processes = make(beside, backend.CPU).all_gather_bytes(describe_process())
+        control = make(beside, backend.CPU, processes)
+        group = make(handle, device, processes, control)
+        for each in (control, group):
+            each.find_neighbours()
     except (RuntimeError, OSError, PeerLost) as error:
         place = f"{rendezvous.address}:{rendezvous.port}"
         raise RendezvousFailed(
@@ -199,7 +193,7 @@ def _meet(rendezvous: Rendezvous, device: torch.device) -> DistributedGroup:
             f"({backend.first_sentence(error)}); limit {rendezvous.timeout_s:g} s; check that all "
             "ranks were started and that the port is free"
         ) from error
-    return make(handle, device, processes, make(beside, backend.CPU, processes), outboxes)
+    return group
 
 
 def _open_store(rendezvous: Rendezvous) -> Store:

@@ -5,8 +5,7 @@ Refuses to make process groups other than subgroups of its own: `bootstrap.join`
 
 Every operation is started asynchronously and waited for; the blocking forms do both. On a CPU gloo
 works in threads of its own, and a wait raises when the deadline has passed; between the ranks of
-one machine large tensors go through memory that they share (`shared_memory.py`), and gloo says when
-they lie there. On a GPU NCCL runs on a
+one machine, gathers, all-to-all and sums go past it (`neighbours.py`). On a GPU NCCL runs on a
 stream of its own beside the caller's: a wait orders the caller's stream after it and costs the host
 nothing, so neither launching ahead nor overlap is lost. What became of it the host learns in
 `settle`, which looks at each operation in turn and raises where nothing has ended within the
@@ -41,7 +40,8 @@ from collectives.flight import Flight
 from collectives.group import Group, Pending, SoloGroup
 from collectives.liveness import await_gone
 from collectives.messages import ByteMessages
-from collectives.shared_memory import MIN_BYTES, NOTICE_WIDTH, Outboxes, open_outboxes
+from collectives.neighbours import Brought, Neighbours, open_neighbours
+from collectives.pipes import Silence
 from collectives.watch import Launched, Unfinished, await_all, drop_completed
 
 _MAX_UNSETTLED = 256
@@ -64,7 +64,7 @@ class DistributedGroup(ByteMessages):
         "_is_device_apart",
         "_lost",
         "_made",
-        "_outboxes",
+        "_neighbours",
         "_processes",
         "_rank",
         "_ranks",
@@ -81,7 +81,6 @@ class DistributedGroup(ByteMessages):
         timeout_s: float,
         processes: Sequence[bytes] = (),
         control: DistributedGroup | None = None,
-        outboxes: Outboxes | None = None,
     ) -> None:
         self._handle = handle
         self._rank = handle.rank()
@@ -91,7 +90,7 @@ class DistributedGroup(ByteMessages):
         self._timeout_s = timeout_s
         self._processes = processes
         self._control = control
-        self._outboxes = outboxes
+        self._neighbours: Neighbours | None = None
         self._made = [] if control is None else [control]
         self._lost: PeerLost | None = None
         self._unsettled: deque[Launched] = deque()
@@ -128,6 +127,10 @@ class DistributedGroup(ByteMessages):
     def start_all_reduce_(self, tensor: torch.Tensor, *, op: Reduction = "sum") -> Pending:
         """Begin `all_reduce_`; the result is `tensor` itself."""
         check_reduction("all_reduce_", tensor, op)
+        if self._neighbours is not None:
+            rows = tensor.new_empty((self.size, *tensor.shape))
+            then = partial(_reduce, tensor, rows, op)
+            return self._start_near("all_reduce_", tensor, tensor, list(rows), then=then)
         return self._start(
             "all_reduce_",
             lambda: dist.all_reduce(tensor, backend.OPS[op], group=self._handle, async_op=True),
@@ -143,8 +146,8 @@ class DistributedGroup(ByteMessages):
         """Begin `all_gather`."""
         check_tensor("all_gather", tensor)
         gathered = tensor.new_empty((self.size, *tensor.shape))
-        if self._is_shared(tensor.nbytes):
-            return self._start_shared("all_gather", tensor, gathered, list(gathered))
+        if self._neighbours is not None:
+            return self._start_near("all_gather", tensor, gathered, list(gathered))
         return self._start(
             "all_gather",
             lambda: backend.all_gather(
@@ -176,9 +179,9 @@ class DistributedGroup(ByteMessages):
         """Begin `all_to_all`."""
         check_rows("all_to_all", tensor, self.size)
         received = torch.empty_like(tensor)
-        if self._is_shared(tensor.nbytes):
+        if self._neighbours is not None:
             rows = list(received)
-            return self._start_shared("all_to_all", tensor, received, rows, row=self.rank)
+            return self._start_near("all_to_all", tensor, received, rows, row=self.rank)
         return self._start(
             "all_to_all",
             lambda: dist.all_to_all_single(
@@ -191,13 +194,13 @@ class DistributedGroup(ByteMessages):
     def start_gather_columns(self, tensor: torch.Tensor, widths: Sequence[int]) -> Pending:
         """Begin to put the tensors of all side by side."""
         check_columns("gather_columns", tensor, widths, rank=self.rank)
-        num_tokens = tensor.shape[0]
-        # As all see it, whatever this rank's own width is.
-        if not self._is_shared(num_tokens * max(widths) * tensor.element_size()):
+        if self._neighbours is None:
             return SideBySide(self, tensor, widths)
+        num_tokens = tensor.shape[0]
         joined = tensor.new_empty(num_tokens, sum(widths))
         places = torch.split(joined, list(widths), dim=1)
-        return self._start_shared("gather_columns", tensor, joined, places)
+        most_bytes = num_tokens * max(widths) * tensor.element_size()
+        return self._start_near("gather_columns", tensor, joined, places, most_bytes=most_bytes)
 
     def send(self, tensor: torch.Tensor, *, target: int) -> None:
         """Give `tensor` to rank `target`; small ones may be on their way when it returns."""
@@ -235,6 +238,10 @@ class DistributedGroup(ByteMessages):
         """Return once every rank has called it; on a GPU the host waits, too."""
         # A reduction rather than dist.barrier, which on NCCL guesses a device of its own.
         token = torch.zeros(1, device=self._device)
+        if self._neighbours is not None:
+            rows = list(token.new_empty(self.size, 1))
+            self._start_near("barrier", token, token, rows).wait()
+            return
         self._start(
             "barrier",
             lambda: dist.all_reduce(token, group=self._handle, async_op=True),
@@ -270,6 +277,15 @@ class DistributedGroup(ByteMessages):
         control = self._make(ranks, backend.CPU, control=None)
         return self._make(ranks, self._device, control=control)
 
+    def find_neighbours(self) -> None:
+        """Go past gloo from now on, where all ranks are on one machine; every rank must call it."""
+        if not self._is_device_apart:
+            self._neighbours = open_neighbours(
+                self.control,
+                processes=[self._processes[rank] for rank in self._ranks],
+                timeout_s=self._timeout_s,
+            )
+
     def forget(self) -> None:
         """Let go of the process groups, this one's and its subgroups', which are destroyed.
 
@@ -278,8 +294,8 @@ class DistributedGroup(ByteMessages):
         for group in self._made:
             group.forget()
         self._made.clear()
-        if self._outboxes is not None:
-            self._outboxes.close()
+        if self._neighbours is not None:
+            self._neighbours.close()
         if hasattr(self, "_handle"):
             del self._handle
 
@@ -294,8 +310,6 @@ class DistributedGroup(ByteMessages):
             raise self._lose("subgroup", error) from error
         if handle is None:
             return None
-        # Only a group with a control group moves large tensors.
-        outboxes = open_outboxes(control) if control and not self._is_device_apart else None
         made = DistributedGroup(
             handle,
             ranks=ranks,
@@ -303,8 +317,8 @@ class DistributedGroup(ByteMessages):
             timeout_s=self._timeout_s,
             processes=self._processes,
             control=control,
-            outboxes=outboxes,
         )
+        made.find_neighbours()
         self._made.append(made)
         return made
 
@@ -347,11 +361,7 @@ class DistributedGroup(ByteMessages):
                 "join again"
             )
 
-    def _is_shared(self, num_bytes: int) -> bool:
-        """Whether tensors of that size, which all ranks bring, go through shared memory."""
-        return self._outboxes is not None and num_bytes >= MIN_BYTES
-
-    def _start_shared(
+    def _start_near(
         self,
         operation: str,
         tensor: torch.Tensor,
@@ -359,28 +369,40 @@ class DistributedGroup(ByteMessages):
         places: Sequence[torch.Tensor],
         *,
         row: int = 0,
+        most_bytes: int | None = None,
+        then: Callable[[], None] | None = None,
     ) -> Flight:
-        """Begin to fill `result`: each rank's place in it with the row of what that rank brings."""
+        """Begin to fill each rank's place with the row of what it brings, and `then` go on.
+
+        most_bytes: the most that a rank brings, where that is not what all do.
+        """
         self._check_open(operation, tensor)
-        assert self._outboxes is not None
-        post_idx, notice = self._outboxes.post(tensor)
-        notices = notice.new_empty((self.size, NOTICE_WIDTH))
-        flight = self._start(
-            operation,
-            lambda: backend.all_gather(notices.view(-1), notice, group=self._handle, async_op=True),
-            notice,
-            result=notices,
-        )
-        finish = partial(self._collect, flight, post_idx, places, row)
+        assert self._neighbours is not None
+        most = tensor.nbytes if most_bytes is None else most_bytes
+        try:
+            brought = self._neighbours.bring(tensor, most_bytes=most)
+        except Silence as error:
+            raise self._lose(operation, error, peer=error.rank) from error
+        finish = partial(self._collect, operation, brought, places, row, then)
         return Flight(result=result, held=None, finish=finish)
 
     def _collect(
-        self, notices: Flight, post_idx: int, places: Sequence[torch.Tensor], row: int
+        self,
+        operation: str,
+        brought: Brought,
+        places: Sequence[torch.Tensor],
+        row: int,
+        then: Callable[[], None] | None,
     ) -> None:
-        """Copy a post of every rank out of its outbox, once all notices are here."""
-        assert self._outboxes is not None
-        self._outboxes.read(notices.wait(), places, row=row)
-        self._outboxes.take(post_idx)
+        if self._lost is not None:
+            raise self._lost
+        assert self._neighbours is not None
+        try:
+            self._neighbours.collect(brought, places, row=row)
+        except Silence as error:
+            raise self._lose(operation, error, peer=error.rank) from error
+        if then is not None:
+            then()
 
     def _finish(self, operation: str, work: dist.Work, *, peer: int | None) -> None:
         if self._lost is not None:
@@ -408,3 +430,13 @@ class DistributedGroup(ByteMessages):
         members = [rank for rank in self._ranks if rank < len(self._processes)]
         gone = await_gone([self._processes[rank] for rank in members], patience_s=_PATIENCE_S)
         return members[gone[0]] if len(gone) == 1 else None
+
+
+def _reduce(tensor: torch.Tensor, rows: torch.Tensor, op: Reduction) -> None:
+    """Overwrite a tensor with the reduction of all ranks' `[size, ...]`, added in rank order."""
+    tensor.copy_(rows[0])
+    for row in rows[1:]:
+        if op == "sum":
+            tensor.add_(row)
+        else:
+            torch.maximum(tensor, row, out=tensor)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 _PAUSE_S = 0.01
 _FIRST_FIELD = 3  # fields after the command's name, which alone may contain spaces
 _STATE = 3 - _FIRST_FIELD
 _START_TIME = 22 - _FIRST_FIELD
-_GONE = frozenset("ZXTt")  # zombie, dead, stopped, stopped by a tracer
+_ENDED = frozenset("ZX")  # zombie, dead
+_GONE = _ENDED | frozenset("Tt")  # stopped, stopped by a tracer
 
 
 def describe_process() -> bytes:
@@ -30,8 +31,12 @@ def describe_process() -> bytes:
 
 def find_gone(described: Sequence[bytes]) -> list[int]:
     """Indices of the described processes that have ended or stand still, on this machine."""
-    place = find_place()
-    return [idx for idx, process in enumerate(described) if _is_gone(process, place)]
+    return _find(described, _GONE)
+
+
+def find_ended(described: Sequence[bytes]) -> list[int]:
+    """Indices of the described processes that have ended, on this machine."""
+    return _find(described, _ENDED)
 
 
 def await_gone(described: Sequence[bytes], *, patience_s: float) -> list[int]:
@@ -42,14 +47,20 @@ def await_gone(described: Sequence[bytes], *, patience_s: float) -> list[int]:
     return gone
 
 
-def _is_gone(process: bytes, here: str | None) -> bool:
+def _find(described: Sequence[bytes], states: Collection[str]) -> list[int]:
+    here = find_place()
+    return [idx for idx, process in enumerate(described) if _is_in(states, process, here)]
+
+
+def _is_in(states: Collection[str], process: bytes, here: str | None) -> bool:
+    """Whether a process of this machine has ended or is in one of the states."""
     if not process:
         return False
     place, pid, started = process.decode().rsplit(" ", maxsplit=2)
     if place != here:
         return False
     fields = _read_stat(int(pid))
-    return fields is None or fields[_START_TIME] != started or fields[_STATE] in _GONE
+    return fields is None or fields[_START_TIME] != started or fields[_STATE] in states
 
 
 def find_place() -> str | None:
