@@ -3,7 +3,8 @@
 Refuses to know attention, documents and files: it sees ranks, ints and tensors. Importing it
 starts nothing. `mesh.py` is arithmetic alone; `group.py` says what a collective promises, for one
 rank; `local.py` does the same over threads, `distributed.py` over processes, which `bootstrap.py`
-brings together and `neighbours.py` connects on one machine; `overlap.py` lets two computations take turns over a group.
+brings together and `neighbours.py` connects on one machine; `overlap.py` lets two computations take
+turns over a group.
 """
 
 from collectives.bootstrap import Rendezvous, join, read_rendezvous
