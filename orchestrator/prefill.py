@@ -287,12 +287,14 @@ class Prefill:
         full, sliding = attention.full_layers, attention.sliding_layers
         kept = stop - start - layout.sliding_tokens(segment_idx)
         heads: dict[int, dict[str, Tensor]] = {kv_head_idx: {} for kv_head_idx in kv_heads}
-        clusters = self._clusters_of(k[full], v[full], layout.clustered_span(segment_idx))
+        full_k, full_v = (_pick(x, 0, full) for x in (k, v))
+        clusters = self._clusters_of(full_k, full_v, layout.clustered_span(segment_idx))
         owned = [head for head in kv_heads if self.place.owns(segment_idx, head)]
         if owned:
             own = [head - kv_heads.start for head in owned]
+            own_k, own_v = (_pick(x, 1, own) for x in (full_k, full_v))
             tensors = put_in_order(
-                k[full][:, own], v[full][:, own], {n: x[:, own] for n, x in clusters.items()}
+                own_k, own_v, {name: _pick(x, 1, own) for name, x in clusters.items()}
             )
             tensors["positions"] += start
             for i, head in enumerate(owned):
@@ -356,11 +358,19 @@ def put_in_order(k: Tensor, v: Tensor, clusters: Mapping[str, Tensor]) -> dict[s
     num_layers, num_kv_heads, num_tokens, head_dim = k.shape
     if not clusters:
         positions = torch.arange(num_tokens, device=k.device, dtype=torch.int32)
-        return {"k": k, "v": v, "positions": positions.expand(num_layers, num_kv_heads, -1).clone()}
+        positions = positions.expand(num_layers, num_kv_heads, -1).clone()
+        return {"k": k.clone(), "v": v.clone(), "positions": positions}
     tables = dict(clusters)
     order = tables.pop("order")
     index = order.unsqueeze(-1).expand(-1, -1, -1, head_dim)
     return {"k": k.gather(2, index), "v": v.gather(2, index), "positions": order.int(), **tables}
+
+
+def _pick(x: Tensor, dim: int, chosen: list[int]) -> Tensor:
+    """Some indices of a dimension, ascending; `x` itself where those are all of them."""
+    if len(chosen) == x.shape[dim]:
+        return x
+    return x.index_select(dim, torch.tensor(chosen, device=x.device))
 
 
 def _by_layer(x: Tensor, num_layers: int) -> Tensor:

@@ -113,15 +113,19 @@ class Choices:
     def watch(self) -> Iterator[None]:
         """Stand between every look-up and its result."""
 
-        def choose(lookup: Lookup, units: Units, *args: Any) -> tuple[Scores, Tensor]:
-            return self._see(lookup, units, args)
+        def choose(
+            lookup: Lookup, units: Units, *args: Any, layer: int | None = None
+        ) -> tuple[Scores, Tensor]:
+            return self._see(lookup, units, args, layer)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Lookup, "_choose", choose)
             yield
 
-    def _see(self, lookup: Lookup, units: Units, args: Any) -> tuple[Scores, Tensor]:
-        scores, taken = self._choose(lookup, units, *args)
+    def _see(
+        self, lookup: Lookup, units: Units, args: Any, layer: int | None
+    ) -> tuple[Scores, Tensor]:
+        scores, taken = self._choose(lookup, units, *args, layer=layer)
         place = lookup._context.place
         seen = self.of_rank.setdefault(place.flat.rank, [])
         if self._replayed is not None:

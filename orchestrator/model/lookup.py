@@ -42,13 +42,16 @@ class Lookup:
         self._context, self._plan, self._backend, self._scale = context, plan, backend, scale
         self._ranks = context.place.context
         self._limit = Limit(keys=plan.keys) if plan.mass is None else Limit(mass=plan.mass)
+        self._widths: dict[int, int] = {}
 
     def find(self, full_layer: int, q: Tensor, lse_steady: Tensor) -> Found:
         """Choose for each query of q [T, H, D]; lse_steady: [T, H], what is read anyway."""
         index = self._context.index(full_layer)
         if self._plan.levels == 1:
             units = index.clusters
-            scores, taken = self._choose(units, q, lse_steady, lse_steady, self._limit)
+            scores, taken = self._choose(
+                units, q, lse_steady, lse_steady, self._limit, layer=full_layer
+            )
             return Found(
                 units=units,
                 scores=scores,
@@ -58,7 +61,7 @@ class Lookup:
             )
         groups = index.groups
         opening = opening_limit(self._limit)
-        scores, opened = self._choose(groups, q, lse_steady, lse_steady, opening)
+        scores, opened = self._choose(groups, q, lse_steady, lse_steady, opening, layer=full_layer)
         opened_by_any = opened.any(dim=1)
         closed = self._backend.close_units(scores, groups, opened_by_any)
         lse_other = self._merge([lse_steady, self._sum_over(closed.lse)])
@@ -73,10 +76,18 @@ class Lookup:
         )
 
     def _choose(
-        self, units: Units, q: Tensor, lse_steady: Tensor, lse_other: Tensor, limit: Limit
+        self,
+        units: Units,
+        q: Tensor,
+        lse_steady: Tensor,
+        lse_other: Tensor,
+        limit: Limit,
+        *,
+        layer: int | None = None,
     ) -> tuple[Scores, Tensor]:
         """Scores of the units, and those that each query takes; lse_other: [T, H], the mass of
-        everything that is not among the units of any rank.
+        everything that is not among the units of any rank; layer: whose units they are, all of
+        them, as in every step of the question.
         """
         backend = self._backend
         scores = backend.score_units(q, units, scale=self._scale)
@@ -88,10 +99,10 @@ class Lookup:
             return scores, taken
         by_mass = lse_steady if limit.mass is not None else None
         ranks = backend.rank_units(scores, units, total=total, lse_steady=by_mass)
-        return scores, self._take_globally(units, ranks, limit)
+        return scores, self._take_globally(units, ranks, limit, self._widest(units, limit, layer))
 
-    def _take_globally(self, units: Units, ranks: Ranks, limit: Limit) -> Tensor:
-        own = list_candidates(ranks, units, width=self._widest(units, limit))
+    def _take_globally(self, units: Units, ranks: Ranks, limit: Limit, width: int) -> Tensor:
+        own = list_candidates(ranks, units, width=width)
         lists = [own.benefit.view(torch.int32).unsqueeze(1)]
         if own.shares is not None:
             lists.append(own.shares.view(torch.int32))
@@ -110,10 +121,14 @@ class Lookup:
         )
         return take_first(own, num_taken, units.num_units)
 
-    def _widest(self, units: Units, limit: Limit) -> int:
-        """The length of list that every rank sends."""
+    def _widest(self, units: Units, limit: Limit, layer: int | None) -> int:
+        """The length of list that every rank sends; agreed on once for units that stay."""
+        if layer is not None and layer in self._widths:
+            return self._widths[layer]
         longest = torch.tensor([list_width(units.sizes, limit)])
         self._ranks.control.all_reduce_(longest, op="max")
+        if layer is not None:
+            self._widths[layer] = int(longest)
         return int(longest)
 
     def _own(self, limit: Limit) -> Limit:

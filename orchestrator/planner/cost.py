@@ -241,7 +241,8 @@ class Cost:
 
     def question_exchange_s(self, T: int) -> float:
         """In a question, parts go to every context rank, and before them, for each level of a
-        look-up, masses, the longest list's length and the lists of the best clusters.
+        look-up, masses and the lists of the best units; the longest list's length where they are
+        others for every token, below what was opened.
         """
         cfg, context, reading = self.workload.cfg, self.choice.mesh.context, self.choice.reading
         parts_bytes = T * self.heads.group_heads * (cfg.head_dim + 2) * _FLOAT
@@ -251,9 +252,9 @@ class Cost:
         per_head = max(self.slots.columns) / self.heads.group_kv_heads
         listed = min(reading.keys, per_head) * self.heads.group_kv_heads
         level_s = self.collective_s("all_gather", T * self.heads.group_heads * _FLOAT, context)
-        level_s += self.collective_s("all_reduce", 2 * _FLOAT, context)
         level_s += self.collective_s("all_gather", 3 * T * listed * _FLOAT, context)
-        return parts_s + reading.levels * level_s
+        agreed_s = (reading.levels - 1) * self.collective_s("all_reduce", 2 * _FLOAT, context)
+        return parts_s + reading.levels * level_s + agreed_s
 
     def embedding_s(self, T: int) -> float:
         """The sum of embedding rows over ranks."""
