@@ -90,11 +90,11 @@ CASES = (
     _cpu(6006, "1x1", 1, is_fresh=False),
     _cpu(2049, "1x1", 2, is_fresh=False),
     _cpu(6006, "1x1", 2, is_fresh=False),
-    _cpu(3500, "1x1", 1, is_fresh=True),
-    _cpu(5500, "1x1", 2, is_fresh=True),
-    _cpu(4000, "1x1", 2, is_fresh=True, segment=2048),
-    _cpu(3500, "1x2", 1, is_fresh=True),
-    _cpu(5500, "1x2", 1, is_fresh=True),
+    _cpu(2800, "1x1", 1, is_fresh=True),
+    _cpu(5200, "1x1", 2, is_fresh=True),
+    _cpu(4300, "1x1", 2, is_fresh=True, segment=2048),
+    _cpu(2800, "1x2", 1, is_fresh=True),
+    _cpu(5200, "1x2", 1, is_fresh=True),
     *(
         _gpus("H200", num_tokens, mesh)
         for mesh in ("1x1", "1x2", "2x1", "2x2", "1x4")

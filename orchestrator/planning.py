@@ -24,6 +24,7 @@ from orchestrator.planner import (
     parse_machine,
     published_topology,
 )
+from orchestrator.planner.topology_json import FORMAT
 from orchestrator.selection import decide
 from orchestrator.types import AskOptions
 
@@ -66,8 +67,8 @@ class PlanRequest:
 
 
 def default_topology_file() -> Path:
-    """Where `longspan calibrate` writes and `longspan plan` looks."""
-    return Path(platformdirs.user_data_dir("longspan")) / "topology.json"
+    """Where `longspan calibrate` writes and plans look; an earlier version's file is not read."""
+    return Path(platformdirs.user_data_dir("longspan")) / f"topology-v{FORMAT}.json"
 
 
 def make_plan(request: PlanRequest, topology_file: Path | None = None) -> PlanReport:

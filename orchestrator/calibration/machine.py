@@ -150,6 +150,7 @@ def _measure_rates(
         causal_flops_per_s=arithmetic.causal_curve(probe),
         cluster_flops_per_s=arithmetic.cluster_curve(probe),
         lookup_flops_per_s=asked.lookup_flops_per_s,
+        list_units_per_s=asked.list_units_per_s,
         weight_bytes_per_s=products.weight_bytes_per_s,
         kv_bytes_per_s=asked.kv_bytes_per_s,
         lookup_bytes_per_s=asked.lookup_bytes_per_s,

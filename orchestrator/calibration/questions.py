@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from collectives import Mesh
 from orchestrator.calibration.arithmetic import Probe
@@ -27,6 +28,11 @@ from orchestrator.planner.shards import matrix_share
 from orchestrator.planner.topology import Curve
 from orchestrator.planner.workload import ClusterRule
 from orchestrator.steps import AttentionPlan
+from sparse_attn.api import Backend
+from sparse_attn.select.base import Limit
+from sparse_attn.select.centroid import Units
+from sparse_attn.select.lists import cut_lists, list_candidates, list_width, take_first
+from sparse_attn.step import Scores
 
 _REPEATS, _ATTEMPTS = 8, 4
 _LEAST_S = 1e-7
@@ -90,6 +96,7 @@ class QuestionRates:
     kv_bytes_per_s: float
     lookup_bytes_per_s: float
     lookup_flops_per_s: Curve
+    list_units_per_s: Curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +181,7 @@ def measure_questions(
         kv_bytes_per_s=kv_bytes * layers / read_s,
         lookup_bytes_per_s=_lookup_bytes(sizes, D, item) * layers / found_s,
         lookup_flops_per_s=Curve(points=tuple(lookup)),
+        list_units_per_s=list_curve(probe, sizes, first),
     )
 
 
@@ -280,6 +288,44 @@ def forward_s(
             work = partial(decoder.forward, ids, positions, attention)
             best = min(best, probe.stopwatch.once_s(work))
     return best
+
+
+def list_curve(probe: Probe, sizes: QuestionSizes, documents: Documents) -> Curve:
+    """Units/s of what a choice over several ranks takes beside one rank's: ranking and listing the
+    own units, and cutting the lists of two ranks.
+    """
+    limit, points = Limit(keys=sizes.keys), {}
+    backend, cfg = probe.backend, documents.cfg
+    cases = (documents.short, 1), (documents.long, 1), (documents.long, sizes.tokens)
+    for context, tokens in cases:
+        units = context.index(0).clusters
+        q = probe.random(tokens, cfg.num_heads, cfg.head_dim)
+        with torch.inference_mode():
+            scores = backend.score_units(q, units, scale=cfg.attention_scale)
+            width = list_width(units.sizes, limit)
+        shared = partial(_share_choice, backend, scores, units, limit, width)
+        alone = partial(
+            backend.take_units,
+            scores,
+            units,
+            total=scores.lse,
+            lse_steady=scores.lse,
+            limit=limit,
+        )
+        seconds = max(probe.best_s(shared) - probe.best_s(alone), _LEAST_S)
+        num_units = float(tokens * units.sizes.numel())
+        points[num_units] = num_units / seconds
+    return Curve(points=tuple(sorted(points.items())))
+
+
+def _share_choice(
+    backend: Backend, scores: Scores, units: Units, limit: Limit, width: int
+) -> Tensor:
+    """A choice as one of two ranks makes it, whose lists are the same."""
+    ranks = backend.rank_units(scores, units, total=scores.lse, lse_steady=None)
+    own = list_candidates(ranks, units, width=width)
+    lists = (torch.stack([x, x]) for x in (own.benefit, own.sizes, own.ids))
+    return take_first(own, cut_lists(*lists, own=0, limit=limit), units.num_units)
 
 
 def _lookup_bytes(sizes: QuestionSizes, head_dim: int, item_bytes: int) -> int:

@@ -253,6 +253,8 @@ class Cost:
         listed = min(reading.keys, per_head) * self.heads.group_kv_heads
         level_s = self.collective_s("all_gather", T * self.heads.group_heads * _FLOAT, context)
         level_s += self.collective_s("all_gather", 3 * T * listed * _FLOAT, context)
+        units = T * per_head * self.heads.group_kv_heads
+        level_s += units / self.rates.list_units_per_s.at(units) * self.contention.compute
         agreed_s = (reading.levels - 1) * self.collective_s("all_reduce", 2 * _FLOAT, context)
         return parts_s + reading.levels * level_s + agreed_s
 

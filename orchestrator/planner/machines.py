@@ -47,6 +47,8 @@ _OVERLAP_SHARE = 0.65
 # Not published for this engine; as good as a captured graph (4 us a kernel, some 15 a layer), and
 # a layer's selection at twice that.
 _EXACT_LAYER_S, _CENTROID_LAYER_S, _RUN_S = 60e-6, 120e-6, 4e-6
+# Estimated from launches: some 30 of 10 us for lists of 6,000 units.
+_LIST_UNITS_PER_S = 2e7
 # One NVMe drive's order of magnitude.
 _DISK = Disk(write_bytes_per_s=1.5e9, read_bytes_per_s=3.0e9)
 
@@ -126,6 +128,7 @@ def _published_rates(kind: str) -> Rates:
         # bytes moved, at a head dim of 128.
         cluster_flops_per_s=Curve.flat(memory * 2 * 128 / 8),
         lookup_flops_per_s=Curve.flat(memory),
+        list_units_per_s=Curve.flat(_LIST_UNITS_PER_S),
         weight_bytes_per_s=weights,
         kv_bytes_per_s=kv,
         lookup_bytes_per_s=kv,

@@ -60,7 +60,9 @@ class Rates:
     threads: of the rank, on a CPU; 0 on a GPU. In flops/s: matrix, question: dense products against
     rows, as an ingest and as a question of several tokens multiplies; attention, causal: against
     query tokens; cluster: k-means distances against the keys of a segment; lookup: scoring clusters
-    for several query tokens, against the head dim. In bytes/s: of one-token steps, weights, KV that
+    for several query tokens, against the head dim. list: units/s of ranking and listing them for
+    other ranks, and of cutting all lists, against units (of all KV heads and query tokens).
+    In bytes/s: of one-token steps, weights, KV that
     is read whole, cluster tables and the KV of chosen clusters; elementwise: what norms, rotations
     and activations take in; fresh: written to memory that was just allocated. exact_layer_s,
     centroid_layer_s: seconds of a layer in which there is next to nothing to do, for one token;
@@ -75,6 +77,7 @@ class Rates:
     causal_flops_per_s: Curve
     cluster_flops_per_s: Curve
     lookup_flops_per_s: Curve
+    list_units_per_s: Curve
     weight_bytes_per_s: float
     kv_bytes_per_s: float
     lookup_bytes_per_s: float

@@ -20,7 +20,7 @@ from orchestrator.planner.topology import (
     Topology,
 )
 
-FORMAT = 1
+FORMAT = 2
 Part = TypeVar("Part", Rates, Contention, Link, Disk)
 _CURVES = {
     "matrix_flops_per_s",
@@ -29,6 +29,7 @@ _CURVES = {
     "causal_flops_per_s",
     "cluster_flops_per_s",
     "lookup_flops_per_s",
+    "list_units_per_s",
 }
 
 

@@ -35,6 +35,7 @@ def rates(threads: int = 0) -> Rates:
         causal_flops_per_s=rising,
         cluster_flops_per_s=Curve.flat(1e12),
         lookup_flops_per_s=Curve.flat(1e12),
+        list_units_per_s=Curve.flat(1e9),
         weight_bytes_per_s=1e11,
         kv_bytes_per_s=1e11,
         lookup_bytes_per_s=1e11,

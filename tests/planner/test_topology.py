@@ -86,7 +86,7 @@ def test_a_file_says_again_what_was_measured(
     "change",
     [
         lambda body: body.pop("format"),
-        lambda body: body.update(format=2),
+        lambda body: body.update(format=1),
         lambda body: body.pop("disk"),
         lambda body: body.update(surprise=1),
         lambda body: body["rates"][0].pop("threads"),
