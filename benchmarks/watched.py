@@ -14,7 +14,9 @@ import threading
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
-_PERIOD_S = 0.02
+# The kernel keeps each peak, so a look now and then is enough; each one takes the interpreter from
+# rank 0, which at 50 looks a second took half as long again for a step over two ranks.
+_PERIOD_S = 0.25
 
 
 def status_bytes(pid: int | str, field: str) -> int:
