@@ -56,7 +56,7 @@ SHAPE: dict[str, Any] = {
         "audit": {"mass_mean": NUMBER, "mass_p10": NUMBER, "miss_max": NUMBER},
     },
     "evidence": list,
-    "plan": type(None),
+    "plan": (dict, type(None)),  # of a machine that was calibrated, or not
     "stack": dict,
 }
 SPAN_SHAPE = {"start_char": int, "end_char": int, "score": NUMBER, "text": str}

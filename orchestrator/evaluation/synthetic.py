@@ -15,7 +15,7 @@ from orchestrator.ingest import NUM_SINKS
 from orchestrator.model.config import ModelConfig
 from orchestrator.model.context import DocumentContext
 from orchestrator.place import alone
-from orchestrator.prefill import cluster_segment, put_in_order
+from orchestrator.sealing import cluster_segment, put_in_order
 from sparse_attn.select.centroid_build import CentroidParams
 
 KEYS_PER_CENTRE = 24

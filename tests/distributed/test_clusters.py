@@ -12,7 +12,8 @@ from collectives import Group, Mesh, run_threads
 from kv_store import Layout
 from orchestrator.model.load import LoadedModel, load_model
 from orchestrator.place import Place, take_place
-from orchestrator.prefill import Prefill, cluster_segment
+from orchestrator.prefill import Prefill
+from orchestrator.sealing import cluster_segment
 from sparse_attn.api import find_backend
 from sparse_attn.select.centroid_build import CentroidParams
 from tests.tiny_model import SEGMENT_TOKENS, save_tiny_model
