@@ -69,7 +69,7 @@ def end_ranks(
     ]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_contract_over_gloo_on_loopback_alone(size: int) -> None:
     for code, seen, stderr in end_ranks(start_ranks("contract", size=size)):
         assert code == 0, stderr
