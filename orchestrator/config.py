@@ -69,7 +69,7 @@ def resolve(
     _check_choice("device", device, DEVICES)
     if device != "cpu" and backend == "native":
         raise UsageError(
-            f"backend 'native' computes on the CPU, not on device {device!r}; use --backend torch"
+            f"backend 'native' computes on the CPU, not on device {device!r}; use --backend triton"
         )
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     _check_choice("dtype", dtype, DTYPES)
@@ -84,7 +84,7 @@ def resolve(
         store=Path(store) if store is not None else default_store(),
         device=device,
         dtype=dtype,
-        backend=backend or ("native" if device == "cpu" else "torch"),
+        backend=backend or ("native" if device == "cpu" else "triton"),
         threads=threads or max(1, _cores() // num_ranks(mesh)),
         mesh=mesh,
         executor=chosen,

@@ -32,8 +32,9 @@ from kv_store import (
 )
 from orchestrator.config import EngineConfig
 from orchestrator.errors import LongspanError, ModelMismatch, RankFailed
-from orchestrator.model.attention import QuestionAttention
+from orchestrator.model.attention import Attention, make_attention
 from orchestrator.model.context import DocumentContext
+from orchestrator.model.decode_graph import DecodeGraph
 from orchestrator.model.load import LoadedModel
 from orchestrator.model.recorder import Recorder
 from orchestrator.place import Place
@@ -83,9 +84,10 @@ class HeldDocument:
 
 @dataclass(slots=True, kw_only=True)
 class _Question:
-    attention: QuestionAttention
+    attention: Attention
     recorder: Recorder
     position: int
+    graph: DecodeGraph | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +194,7 @@ class Worker:
         recorder = Recorder(
             context.resident, self.place, recall_period=action.attention.recall_period
         )
-        attention = QuestionAttention(
+        attention = make_attention(
             context,
             action.attention,
             self.backend,
@@ -201,8 +203,11 @@ class Worker:
             windows=cfg.windows,
             capacity_tokens=action.capacity_tokens,
         )
+        graph = None
+        if attention.is_static and self.model.decoder.device.type == "cuda":
+            graph = DecodeGraph(self.model.decoder, attention)
         self._questions[action.question_id] = _Question(
-            attention=attention, recorder=recorder, position=context.num_tokens
+            attention=attention, recorder=recorder, position=context.num_tokens, graph=graph
         )
 
     def _forward(self, action: Forward) -> Tensor:
@@ -211,10 +216,14 @@ class Worker:
         start, stop = question.position, question.position + len(action.ids)
         question.position = stop
         with torch.inference_mode():
-            ids = torch.tensor(action.ids, device=decoder.device)
-            positions = torch.arange(start, stop, device=decoder.device)
-            hidden = decoder.forward(ids, positions, question.attention)
-            logits = decoder.logits(hidden[-1:])[0]
+            if question.graph is not None and len(action.ids) == 1:
+                logits = question.graph.forward(action.ids[0], start)
+            else:
+                ids = torch.tensor(action.ids, device=decoder.device)
+                positions = torch.arange(start, stop, device=decoder.device)
+                hidden = decoder.forward(ids, positions, question.attention)
+                logits = decoder.logits(hidden[-1:])[0]
+            question.attention.advance(len(action.ids))
             self.place.flat.settle()
             return logits
 

@@ -20,11 +20,16 @@ from sparse_attn.select.centroid import Units
 from sparse_attn.state import Part
 from sparse_attn.step import Ranks, Scores, UnitsRead
 
-BACKENDS = ("reference", "torch", "native")
+BACKENDS = ("reference", "torch", "native", "triton")
 
 
 class Backend(Protocol):
-    """What attention is computed with. Shapes and meanings are those of `composed.Composed`."""
+    """What attention is computed with. Shapes and meanings are those of `composed.Composed`.
+
+    makes_plans: whether it has `plan_dense` and `plan_selected` too (`kernels.backend`).
+    """
+
+    makes_plans: bool
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
 
@@ -108,6 +113,10 @@ def find_backend(name: str) -> Backend:
             from sparse_attn.native.backend import NativeBackend
 
             return NativeBackend()
+        case "triton":
+            from sparse_attn.kernels.backend import TritonBackend
+
+            return TritonBackend()
     raise BackendUnknown(
         f"backend {name!r} does not exist here; choose one of {', '.join(BACKENDS)}"
     )

@@ -33,6 +33,8 @@ from sparse_attn.step import Ranks, Scores, UnitsRead
 class Composed:
     """Operations of a module, and the steps made of them."""
 
+    makes_plans = False
+
     def __init__(self, operations: ModuleType) -> None:
         self._operations: Any = operations
 

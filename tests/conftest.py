@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():  # before anything imports triton: kernels are interpreted here
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Tests never time: a slow shared core must not fail a property.
 settings.register_profile("longspan", deadline=None, max_examples=50, derandomize=True)

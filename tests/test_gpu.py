@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from orchestrator.engine import Engine
 from orchestrator.ingest import IngestOptions
-from orchestrator.types import AskOptions, Mode
+from orchestrator.types import Answer, AskOptions, Mode
 from sparse_attn import reference, torch_backend
 from tests.sparse_attn.inputs import SCALE, random_qkv
 from tests.tiny_model import QUESTION, SEGMENT_TOKENS, TEXT, save_tiny_model
@@ -23,7 +24,8 @@ OPTIONS = IngestOptions(segment_tokens=SEGMENT_TOKENS)
 def first_logits(root: Path, device: str, dtype: str, mode: Mode) -> torch.Tensor:
     """Logits after the question, from a document ingested on the same device."""
     store = root / f"store-{device}-{dtype}"
-    options = {"store": store, "device": device, "dtype": dtype}
+    backend = "torch" if device == "cuda" else "native"  # heads too small for kernels
+    options = {"store": store, "device": device, "dtype": dtype, "backend": backend}
     with Engine.load(str(root / "model"), **options) as engine:
         engine.ingest(text=TEXT, name=NAME, options=OPTIONS)
         # Everything is read, through clusters: which of two near ties is read may differ by device.
@@ -41,8 +43,42 @@ def test_float32_agrees_with_the_cpu(tmp_path: Path, case: str, mode: Mode) -> N
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("case", ["llama-yarn-wide-heads", "qwen3-wide-heads", "gemma3-wide-heads"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_answer_as_torch_does(tmp_path: Path, case: str, dtype: str) -> None:
+    save_tiny_model(tmp_path / "model", case)
+    asked: list[dict[str, Any]] = [
+        {"mode": "exact"},
+        {"mode": "window"},
+        {"mode": "centroid", "budget": "25%"},
+        {"mode": "centroid", "budget": "25%", "levels": 2, "audit": True},
+        {"mode": "centroid", "mass": 0.8, "audit": True},
+    ]
+    answers: dict[str, list[Answer]] = {}
+    for backend in ("torch", "triton"):
+        options = {"store": tmp_path, "device": "cuda", "dtype": dtype, "backend": backend}
+        with Engine.load(str(tmp_path / "model"), **options) as engine:
+            engine.ingest(text=TEXT, name=NAME, options=OPTIONS)
+            answers[backend] = [
+                engine.ask(NAME, QUESTION, max_tokens=8, **options) for options in asked
+            ]
+    for theirs, ours in zip(answers["torch"], answers["triton"], strict=True):
+        if dtype == "float32":
+            assert ours.text == theirs.text
+            tolerance = 0.02 if ours.selection.levels == 2 else 1e-3
+            assert ours.recall.mass_mean == pytest.approx(theirs.recall.mass_mean, abs=0.03)
+            ours_mean, theirs_mean = (x.usage.attended_keys_mean for x in (ours, theirs))
+            assert ours_mean == pytest.approx(theirs_mean, rel=tolerance)
+            assert [x.start_char for x in ours.evidence[:1]] == [
+                x.start_char for x in theirs.evidence[:1]
+            ]
+        if ours.recall.audit is not None:
+            assert abs(ours.recall.mass_mean - ours.recall.audit.mass_mean) < 0.1
+            assert ours.recall.audit.bound_violations == 0
+
+
 def test_bfloat16_answers_with_recall_and_evidence(tmp_path: Path) -> None:
-    save_tiny_model(tmp_path / "model", "llama")
+    save_tiny_model(tmp_path / "model", "llama-yarn-wide-heads")
     with Engine.load(str(tmp_path / "model"), store=tmp_path, device="cuda") as engine:
         engine.ingest(text=TEXT, name=NAME, options=OPTIONS)
         for levels in (1, 2):

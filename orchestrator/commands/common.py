@@ -44,7 +44,8 @@ _ENGINE_OPTIONS = (
         "--dtype", type=click.Choice(DTYPES), help="Of weights [float32 on cpu, bfloat16 on cuda]."
     ),
     click.option(
-        "--backend", help="Of attention: native, torch or reference [native on cpu, torch on cuda]."
+        "--backend",
+        help="Of attention: native, torch, triton or reference [native on cpu, triton on cuda].",
     ),
     click.option(
         "--threads", type=int, help="CPU threads of each rank [all cores over the ranks]."

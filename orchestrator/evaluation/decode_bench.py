@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from orchestrator.evaluation.synthetic import NOTICE, synthetic_context
-from orchestrator.model.attention import QuestionAttention
+from orchestrator.model.attention import Attention, make_attention
+from orchestrator.model.decode_graph import DecodeGraph
 from orchestrator.model.load import LoadedModel
 from orchestrator.model.recorder import Recorder
 from orchestrator.selection import decide
@@ -70,7 +71,7 @@ def measure_decode(
         )
         plan = AttentionPlan(mode=mode, keys=decision.retrieved_keys or 0, levels=decision.levels)
         recorder = Recorder(context.resident, context.place, recall_period=plan.recall_period)
-        attention = QuestionAttention(
+        attention = make_attention(
             context,
             plan,
             backend,
@@ -107,14 +108,21 @@ def measure_read_bandwidth(device: torch.device, *, num_bytes: int = 1 << 30) ->
 
 
 def _time_steps(
-    model: LoadedModel, attention: QuestionAttention, position: int, repeats: int
+    model: LoadedModel, attention: Attention, position: int, repeats: int
 ) -> list[float]:
-    ids = torch.zeros(1, dtype=torch.int64, device=model.decoder.device)
+    decoder = model.decoder
+    is_graph = attention.is_static and decoder.device.type == "cuda"
+    graph = DecodeGraph(decoder, attention) if is_graph else None
 
     def step(offset: int) -> None:
-        positions = torch.tensor([position + offset], device=ids.device)
-        hidden = model.decoder.forward(ids, positions, attention)
-        int(model.decoder.logits(hidden)[0].argmax())
+        if graph is not None:
+            logits = graph.forward(0, position + offset)
+        else:
+            ids = torch.zeros(1, dtype=torch.int64, device=decoder.device)
+            hidden = decoder.forward(ids, ids + position + offset, attention)
+            logits = decoder.logits(hidden)[0]
+        attention.advance(1)
+        int(logits.argmax())
 
     with torch.inference_mode():
         for offset in range(2):

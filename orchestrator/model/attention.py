@@ -15,6 +15,8 @@ ranks divides 8, the bits are those of one rank.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -31,11 +33,28 @@ from sparse_attn.state import Part
 from sparse_attn.step import UnitsRead
 
 
+class Attention(Protocol):
+    """A question's attention, called once per layer and forward, in layer order.
+
+    is_static: whether a forward of one token decides nothing on the host.
+    """
+
+    is_static: bool
+
+    def __call__(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+    def advance(self, num_tokens: int) -> None:
+        """A forward of num_tokens is over."""
+        ...
+
+
 class QuestionAttention:
     """Attention of one question: call it once per layer and forward, in layer order.
 
     windows: per layer, the sliding window in tokens or None; capacity_tokens: question plus answer.
     """
+
+    is_static = False
 
     def __init__(
         self,
@@ -58,7 +77,7 @@ class QuestionAttention:
             context.require_clusters()
         self._lookup = Lookup(context, plan, backend, scale=scale)
         self._queries = QuerySample(period=plan.recall_period, seed=plan.seed)
-        self._places = _count_per_kind(windows)
+        self._places = count_per_kind(windows)
         self._tails = [self._make_tail(layer, capacity_tokens) for layer in range(len(windows))]
         self._filled = [int(tail[2]) for tail in self._tails]
 
@@ -79,6 +98,9 @@ class QuestionAttention:
         else:
             out = self._attend_tiles(full_layer, q, steady, past)
         return self._join_heads(out.to(q.dtype))
+
+    def advance(self, num_tokens: int) -> None:
+        """Nothing is left to do after a forward."""
 
     def _attend_tiles(self, full_layer: int, q: Tensor, steady: Part, past: int) -> Tensor:
         """Question tokens read together, `tile_tokens` at a time."""
@@ -241,6 +263,42 @@ class QuestionAttention:
         return gathered.transpose(0, 1).reshape(own.shape[0], -1, own.shape[2])
 
 
+def make_attention(
+    context: DocumentContext,
+    plan: AttentionPlan,
+    backend: Backend,
+    recorder: Recorder,
+    *,
+    scale: float,
+    windows: tuple[int | None, ...],
+    capacity_tokens: int,
+) -> Attention:
+    """A question's attention: by plans where the backend has them and one rank holds everything."""
+    if backend.makes_plans and context.place.is_alone:
+        from orchestrator.model.device_attention import DeviceAttention
+        from sparse_attn.kernels.backend import TritonBackend
+
+        assert isinstance(backend, TritonBackend)
+        return DeviceAttention(
+            context,
+            plan,
+            backend,
+            recorder,
+            scale=scale,
+            windows=windows,
+            capacity_tokens=capacity_tokens,
+        )
+    return QuestionAttention(
+        context,
+        plan,
+        backend,
+        recorder,
+        scale=scale,
+        windows=windows,
+        capacity_tokens=capacity_tokens,
+    )
+
+
 def merge_over(ranks: Group, part: Part, backend: Backend) -> Part:
     """The part over the keys of all ranks, from each rank's own, on every rank."""
     if ranks.size == 1:
@@ -268,7 +326,7 @@ def _add_over(ranks: Group, missed: Missed) -> Missed:
     return add_missed([Missed(*rows) for rows in ranks.all_gather(torch.stack(list(missed)))])
 
 
-def _count_per_kind(windows: tuple[int | None, ...]) -> list[int]:
+def count_per_kind(windows: tuple[int | None, ...]) -> list[int]:
     """For each layer, its index among the layers of its own kind (full or sliding)."""
     counts = {True: 0, False: 0}
     places = []

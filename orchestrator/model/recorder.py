@@ -57,6 +57,7 @@ class Recorder:
         self._keys: list[tuple[Tensor, float]] = []
         self._num_rows: list[tuple[Tensor, int]] = []
         self._lookup_bytes = 0
+        self._packed_bytes: list[Tensor] = []
         self._merged: _Merged | None = None
 
     def mass(self, full_layer: int) -> Tensor:
@@ -90,6 +91,30 @@ class Recorder:
         self._num_rows.append((read.num_read, steady_rows + num_sampled))
         self._lookup_bytes += lookup_bytes
 
+    def add_selected(
+        self,
+        counts: Tensor,
+        *,
+        num_steady: int,
+        lookup_bytes: int,
+        packed_bytes: Tensor,
+        num_sampled: int,
+        has_first_layer: bool,
+    ) -> None:
+        """What queries read here that each selected for itself, in one or more layers at once.
+
+        counts: [layers, T, G], retrieved keys; lookup_bytes and packed_bytes []: of tables, known
+        and on the device; num_sampled: keys read for the recall sample, over all of them.
+        """
+        num_layers, num_queries, _ = counts.shape
+        self._num_queries += num_queries if has_first_layer else 0
+        attended = counts.double().sum(dim=2).flatten() + num_sampled / (num_layers * num_queries)
+        self._keys.append((attended, float(num_steady)))
+        steady_rows = 2 * self._num_shared_heads() * num_steady * num_layers
+        self._num_rows.append((counts.sum().view(1), steady_rows + num_sampled))
+        self._lookup_bytes += lookup_bytes
+        self._packed_bytes.append(packed_bytes)
+
     def add_recall(
         self, full_layer: int, queries: Sequence[int], recall: Tensor, bound: Tensor
     ) -> None:
@@ -106,7 +131,8 @@ class Recorder:
     def bytes_read_here(self) -> int:
         """Bytes of KV and look-up tables that this rank's attention read so far; not collective."""
         num_rows = sum(2 * int(read.sum()) + others for read, others in self._num_rows)
-        return num_rows * self._row_bytes() + self._lookup_bytes
+        packed = sum(int(num_bytes) for num_bytes in self._packed_bytes)
+        return num_rows * self._row_bytes() + self._lookup_bytes + packed
 
     def merge(self) -> None:
         """Bring the ranks' accounts together; every rank calls it once, after the last forward."""

@@ -4,7 +4,8 @@ Owns the slot order of a segment and the named tensors that the store persists (
 knows no files and no queries. Lloyd's iterations with L2 distance from evenly spaced start tokens
 (RetroInfer, section 4.1), then every cluster above `max_cluster_ratio` times the mean size is cut
 along its widest dimension, so that one read never costs much more than another. Groups are k-means
-over the centroids. Everything is deterministic: the same keys give the same bytes.
+over the centroids. Everything is deterministic: the same keys give the same bytes. This file is the
+definition, in torch; `centroid_device.py` does the same with kernels on a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 # A radius is compared with distances that a query-time product rounds differently.
-_RADIUS_SLACK = 1.0 + 1e-4
+RADIUS_SLACK = 1.0 + 1e-4
 # Tables are half as large in half precision; sums and means beyond its range are cut to it.
 _MAX_HALF = torch.finfo(torch.float16).max
 # Of the distances that k-means holds at a time, unless one problem has more: what a core's cache
@@ -43,6 +44,22 @@ class CentroidParams:
         """Plain values for the manifest."""
         return asdict(self)
 
+    def num_clusters(self, num_keys: int) -> int:
+        """Clusters that k-means looks for."""
+        return max(1, num_keys // self.keys_per_cluster)
+
+    def max_size(self, num_keys: int) -> int:
+        """Keys of a cluster at most."""
+        return self.max_cluster_ratio * math.ceil(num_keys / self.num_clusters(num_keys))
+
+    def max_clusters(self, num_keys: int) -> int:
+        """Clusters at most: one of s keys gives fewer than s / max_size pieces beyond its first."""
+        return self.num_clusters(num_keys) + num_keys // self.max_size(num_keys)
+
+    def num_groups(self, num_clusters: int) -> int:
+        """Groups of the two-level look-up."""
+        return max(1, num_clusters // self.clusters_per_group)
+
 
 class _Stats(NamedTuple):
     """Statistics of runs of keys: [B, U, D] float16 means, spreads, sums; [B, U] radii, sizes."""
@@ -55,7 +72,13 @@ class _Stats(NamedTuple):
 
 
 def build(
-    keys: Tensor, values: Tensor, *, num_sinks: int, num_window: int, params: CentroidParams
+    keys: Tensor,
+    values: Tensor,
+    *,
+    num_sinks: int,
+    num_window: int,
+    params: CentroidParams,
+    kernels: bool | None = None,
 ) -> dict[str, Tensor]:
     """Cluster one segment and give its slot order.
 
@@ -63,10 +86,15 @@ def build(
     `num_sinks` and the last `num_window` tokens stay where they are and belong to no cluster.
     Returns `order` [B, S] int64 (token of each slot) and the tensors `cluster_*`, `centroids`,
     `value_sums`, `variances`, `radii`, `group_*` of DESIGN section 6, starts in segment-local
-    slots. Changes nothing.
+    slots. Changes nothing. kernels: `centroid_device.py` computes what is not empty, None: where
+    keys are on a GPU; it rounds otherwise, so clusters near a tie differ.
     """
     num_problems, num_tokens, _ = keys.shape
     body = slice(num_sinks, max(num_sinks, num_tokens - num_window))
+    if (keys.is_cuda if kernels is None else kernels) and num_tokens > num_sinks + num_window:
+        from sparse_attn.select.centroid_device import build_on_device
+
+        return build_on_device(keys, values, body, params)
     body_keys, body_values = keys[:, body].float(), values[:, body].float()
     num_body = body_keys.shape[1]
     labels, max_clusters = _cluster(body_keys, params)
@@ -152,13 +180,10 @@ def _cluster(points: Tensor, params: CentroidParams) -> tuple[Tensor, int]:
     num_points = points.shape[1]
     if num_points == 0:
         return torch.zeros(points.shape[:2], dtype=torch.int64, device=points.device), 1
-    num_clusters = max(1, num_points // params.keys_per_cluster)
+    num_clusters = params.num_clusters(num_points)
     labels = kmeans(points, num_clusters=num_clusters, iterations=params.iterations)
-    max_size = params.max_cluster_ratio * math.ceil(num_points / num_clusters)
-    # A cluster of s keys gives fewer than s / max_size pieces beyond its first.
-    max_clusters = num_clusters + num_points // max_size
-    _split_oversized(points, labels, num_clusters, max_size)
-    return labels, max_clusters
+    _split_oversized(points, labels, num_clusters, params.max_size(num_points))
+    return labels, params.max_clusters(num_points)
 
 
 def _split_oversized(points: Tensor, labels: Tensor, num_clusters: int, max_size: int) -> None:
@@ -193,7 +218,7 @@ def _statistics(keys: Tensor, values: Tensor, labels: Tensor, num_units: int) ->
         centroids=centroids,
         variances=_halve(_sum_by_label(squares, labels, num_units) / counts),
         value_sums=_halve(_sum_by_label(values, labels, num_units)),
-        radii=radii * _RADIUS_SLACK,
+        radii=radii * RADIUS_SLACK,
         sizes=sizes,
     )
 
@@ -204,7 +229,7 @@ def _halve(x: Tensor) -> Tensor:
 
 def _group(stats: _Stats, params: CentroidParams) -> tuple[Tensor, int]:
     """Group [B, C] of every cluster, and the number of groups."""
-    num_groups = max(1, stats.sizes.shape[1] // params.clusters_per_group)
+    num_groups = params.num_groups(stats.sizes.shape[1])
     return kmeans(
         stats.centroids.float(), num_clusters=num_groups, iterations=params.iterations
     ), num_groups

@@ -99,7 +99,9 @@ CASES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3-biases-tied": lambda: Qwen3Config(
         **_SIZES, attention_bias=True, tie_word_embeddings=True
     ),
+    "qwen3-wide-heads": lambda: Qwen3Config(**{**_SIZES, "head_dim": 16}),
     "gemma3": _gemma,
+    "gemma3-wide-heads": lambda: _gemma(head_dim=16, query_pre_attn_scalar=16),
     "gemma3-linear-softcap-untied": lambda: _gemma(
         rope_parameters={
             "full_attention": {**_LINEAR, "rope_theta": 1_000_000.0},

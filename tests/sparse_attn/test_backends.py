@@ -170,6 +170,13 @@ def test_query_heads_share_kv_heads_in_runs() -> None:
 
 
 def test_backends_are_found_by_name_and_never_substituted() -> None:
-    assert BACKENDS == ("reference", "torch", "native")
-    with pytest.raises(BackendUnknown, match=r"triton.*reference, torch, native"):
+    assert BACKENDS == ("reference", "torch", "native", "triton")
+    with pytest.raises(BackendUnknown, match=r"cuda.*reference, torch, native, triton"):
+        find_backend("cuda")
+
+
+def test_kernels_need_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(BackendUnknown, match="'triton' found no GPU"):
         find_backend("triton")

@@ -1,0 +1,1 @@
+"""Triton kernels, one file each; nothing else imports triton. `api.py` names what callers use."""

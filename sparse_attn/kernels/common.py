@@ -1,0 +1,116 @@
+"""What the kernels share: the arithmetic of a part, and where a tile of a list lies.
+
+Owns the log-sum-exp rules of `state.py` inside a kernel (natural log outside, base 2 inside), the
+tree in which the 8 folds meet, and the tiling of lists that are cut by fold. A list is divided into
+the 8 folds by 9 rising bounds; a tile never crosses a fold, so what a tile holds does not depend on
+who else's folds the caller has.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1e30)  # where a difference to -inf is taken (`state.LOWEST`)
+
+
+@triton.jit
+def log_add(a, b):
+    """log(exp(a) + exp(b)), elementwise; either may be -inf."""
+    high = tl.maximum(a, b)
+    low = tl.minimum(a, b)
+    return high + tl.log(1.0 + tl.exp(low - tl.maximum(high, LOWEST)))
+
+
+@triton.jit
+def log_sum(x, axis: tl.constexpr):
+    """log of the sum of exp along an axis; -inf where every number is."""
+    high = tl.maximum(tl.max(x, axis), LOWEST)
+    total = tl.sum(tl.exp(x - tl.expand_dims(high, axis)), axis)
+    return tl.where(total > 0.0, high + tl.log(total), -float("inf"))
+
+
+@triton.jit
+def halves(x, n: tl.constexpr, width: tl.constexpr):
+    """The first and the last n / 2 of x [n, width], [n / 2, width] each."""
+    paired = tl.reshape(x, (2, n // 2, width))
+    return tl.split(tl.permute(paired, (1, 2, 0)))
+
+
+@triton.jit
+def tree_lse(x, width: tl.constexpr):
+    """log of the sum of exp of 8 folds [8, width], by the tree of `state.merge_tree_lse`."""
+    a, b = halves(x, 8, width)
+    a, b = halves(log_add(a, b), 4, width)
+    a, b = halves(log_add(a, b), 2, width)
+    return tl.reshape(log_add(a, b), (width,))
+
+
+@triton.jit
+def arrive(counter, expected):
+    """Whether this program is the last of `expected` to come here; it sees what the others wrote.
+
+    The counter is zero before the first and after the last.
+    """
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel") == expected - 1
+    if is_last:
+        tl.store(counter, 0)
+    return is_last
+
+
+@triton.jit
+def fold_lse(lses, bounds, P: tl.constexpr, BLOCK_P: tl.constexpr, J: tl.constexpr):
+    """log of the sum of exp of a list of rows of P numbers, fold by fold: [8, BLOCK_P].
+
+    bounds: 9 int32, where each fold begins in the list.
+    """
+    fold = tl.arange(0, 8)
+    first = tl.load(bounds + fold)
+    last = tl.load(bounds + fold + 1)
+    head = tl.arange(0, BLOCK_P)[None, None, :]
+    total = tl.full((8, BLOCK_P), -float("inf"), tl.float32)
+    for start in range(0, tl.max(last - first, 0), J):
+        place = first[:, None, None] + start + tl.arange(0, J)[None, :, None]
+        is_own = (place < last[:, None, None]) & (head < P)
+        x = tl.load(lses + place * P + head, mask=is_own, other=-float("inf"))
+        total = log_add(total, log_sum(x, 1))
+    return total
+
+
+@triton.jit
+def tiles_of_folds(bounds, tile):
+    """(first, last, tiles before, tiles) of each fold of a list, [8] int32."""
+    fold = tl.arange(0, 8)
+    first = tl.load(bounds + fold)
+    last = tl.load(bounds + fold + 1)
+    tiles = (last - first + tile - 1) // tile
+    return first, last, tl.cumsum(tiles, 0) - tiles, tiles
+
+
+@triton.jit
+def pick(x, index):
+    """One element of x [8]."""
+    return tl.sum(tl.where(tl.arange(0, 8) == index, x, 0), 0)
+
+
+@triton.jit
+def fold_of(before, tiles, tile):
+    """The fold that a tile belongs to."""
+    return tl.sum((before + tiles <= tile).to(tl.int32), 0)
+
+
+@triton.jit
+def address(at, kind):
+    """The pointer that is stored at `at` as an integer."""
+    return tl.load(at).to(tl.pointer_type(kind))
+
+
+@triton.jit
+def rows_at(base, row, D: tl.constexpr):
+    """Pointers [n, D] to rows [n] of a table of width D that begins at a multiple of 16 bytes,
+    which the compiler cannot know of an address that was loaded: rows are read in vectors.
+    """
+    return tl.multiple_of(base + row[:, None] * D + tl.arange(0, D)[None, :], (1, 16))

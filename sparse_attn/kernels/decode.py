@@ -1,0 +1,302 @@
+"""Attention of a few queries over whole documents: everything decided before, fixed shapes during.
+
+A plan (`DenseDecode` here, `CentroidDecode` in `selected.py`) is made once for a set of documents,
+all their layers and a number of queries each; it holds every buffer and address that a step needs,
+so that `run` launches kernels and decides nothing: it can be captured in a CUDA graph. Nothing that
+is computed for one query depends on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_attn.errors import ShapeMismatch
+from sparse_attn.folds import NUM_FOLDS, Runs
+from sparse_attn.kernels.dense import (
+    FAR_BEFORE,
+    RUN_COLUMNS,
+    STEADY_SLOTS,
+    attend_runs_kernel,
+    run_slots,
+    spread_kernel,
+)
+from sparse_attn.kernels.merge import MERGED_COLUMNS, merge_kernel
+from sparse_attn.select.centroid import CentroidIndex
+
+_SPREAD = 1024  # slots of a program of `spread_kernel`
+HEAD_DIMS = (16, 32, 64, 128, 256)
+MAX_GROUP = 16
+KV_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """Shape of a step: B documents, T queries of each, G KV heads of P query heads, head dim D."""
+
+    num_documents: int
+    num_queries: int
+    num_kv_heads: int
+    per_group: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        """Raises ShapeMismatch for what no kernel was made for."""
+        if self.head_dim not in HEAD_DIMS:
+            raise ShapeMismatch(
+                f"head dim {self.head_dim}; limit one of {HEAD_DIMS} for backend triton; "
+                "choose --backend torch"
+            )
+        if not 1 <= self.per_group <= MAX_GROUP:
+            raise ShapeMismatch(
+                f"{self.per_group} query heads a KV head; limit 1 to {MAX_GROUP} for backend "
+                "triton; choose --backend torch"
+            )
+
+    @property
+    def num_problems(self) -> int:
+        """Z = B T G: a problem is one query and KV head of one document."""
+        return self.num_documents * self.num_queries * self.num_kv_heads
+
+    @property
+    def block(self) -> int:
+        """Rows of one problem, filled up to what a matrix product takes."""
+        return max(16, 1 << (self.per_group - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeDocument:
+    """A document as plans need it. runs: the body's slots; per layer: k, v [N, D] (none where every
+    key is steady), index (none where no plan selects), and the steady buffers [G, capacity, D] in
+    token order, contiguous, finite also where nothing was written yet.
+    """
+
+    runs: Runs
+    k: Sequence[Tensor]
+    v: Sequence[Tensor]
+    steady_k: Sequence[Tensor]
+    steady_v: Sequence[Tensor]
+    indexes: Sequence[CentroidIndex] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attended:
+    """out: [B, T, H, D] in q's dtype; lse, lse_read: [B, T, H] float32, natural log, of everything,
+    and of what was read exactly.
+    """
+
+    out: Tensor
+    lse: Tensor
+    lse_read: Tensor
+
+
+class Rows:
+    """The parts of every problem, and the kernel that merges them."""
+
+    def __init__(self, heads: Heads, num_parts: int, like: Tensor) -> None:
+        """like: a tensor with the dtype of queries and keys, on the device."""
+        self.heads, self.num_parts, self.kv = heads, num_parts, KV_TYPES[like.dtype]
+        z, p, d = heads.num_problems, heads.per_group, heads.head_dim
+        device = like.device
+        self.out = torch.zeros(z, num_parts, p, d, device=device)
+        self.lse = torch.full((z, num_parts, p), -float("inf"), device=device)
+        self._blocks = triton.cdiv(p * d, MERGED_COLUMNS)
+        self._folds = torch.empty(3, z, self._blocks, NUM_FOLDS + 1, MERGED_COLUMNS, device=device)
+        self._arrived = torch.zeros(z, self._blocks, dtype=torch.int32, device=device)
+        shape = (heads.num_documents, heads.num_queries, heads.num_kv_heads * p)
+        self.result = Attended(
+            out=torch.empty(*shape, d, dtype=like.dtype, device=device),
+            lse=torch.empty(shape, device=device),
+            lse_read=torch.empty(shape, device=device),
+        )
+
+    def attend_runs(
+        self,
+        q: Tensor,
+        runs: Tensor,
+        visible: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        scores: Tensor | None = None,
+    ) -> None:
+        """A part for each run of a table, at the places that the table names; window: how many of
+        the tokens that a query sees it attends to, 0 for all; scores [P, N]: filled if given.
+        """
+        heads = self.heads
+        block_r = min(64, max(16, triton.next_power_of_2(heads.num_queries * heads.per_group)))
+        blocks = triton.cdiv(heads.num_queries * heads.per_group, block_r)
+        kept = self.lse if scores is None else scores
+        attend_runs_kernel[runs.shape[0], blocks](
+            q, runs, visible, self.out, self.lse, kept, scale, heads.num_queries, self.num_parts,
+            kept.shape[1],
+            G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=self.kv,
+            BLOCK_R=block_r, WINDOW=window, KEEPS=scores is not None,
+            **dense_options(heads.head_dim),
+        )  # fmt: skip
+
+    def merge(
+        self,
+        lists: Tensor,
+        *,
+        num_steady: int,
+        bases: tuple[int, int, int] | None = None,
+        tiles: tuple[int, int] = (1, 1),
+        num_lists: int = 1,
+    ) -> Attended:
+        """Merge parts by the bounds of their lists (`merge.merge_kernel`)."""
+        heads, result = self.heads, self.result
+        merge_kernel[NUM_FOLDS + 1, self._blocks, heads.num_problems](
+            self.out, self.lse, lists, *self._folds, self._arrived,
+            result.out, result.lse, result.lse_read, self.num_parts,
+            num_steady, *(bases or (num_steady,) * 3),
+            P=heads.per_group, D=heads.head_dim, BLOCK=MERGED_COLUMNS, TILE_READ=tiles[0],
+            TILE_MEMBERS=tiles[1], LISTS=num_lists, num_warps=4,
+        )  # fmt: skip
+        return result
+
+
+class DenseDecode:
+    """Attention over every key of the documents, and their steady keys.
+
+    visible: [B] int64 on the device, how many steady keys of a document the first query of a step
+    sees; each later one sees one more. windows: for each layer, as in `Rows.attend_runs`. keeps:
+    whether scores are wanted, of one query of one document: after `run`, scores [P, N] float32 of
+    the body's slots.
+    """
+
+    def __init__(
+        self,
+        heads: Heads,
+        documents: Sequence[DecodeDocument],
+        visible: Tensor,
+        *,
+        scale: float,
+        windows: Sequence[int] | None = None,
+        keeps: bool = False,
+    ) -> None:
+        self._heads, self._visible, self._scale = heads, visible, scale
+        self._kept = documents  # the plan holds addresses
+        layers, device = range(len(documents[0].steady_k)), visible.device
+        self._windows = windows or [0] * len(layers)
+        self._num_steady = count_steady(documents)
+        split = [split_runs(document.runs) for document in documents]
+        self._bounds = torch.cat([bounds for _, bounds in split]).int().to(device)
+        steady = steady_pieces(documents)
+        self._runs = [
+            torch.cat(
+                [runs_of(steady[b], d.steady_k[i], d.steady_v[i]) for b, d in enumerate(documents)]
+                + [self._body_runs(split[b][0], d, b, i) for b, d in enumerate(documents)]
+            )
+            for i in layers
+        ]
+        like = documents[0].steady_k[0]
+        self._rows = Rows(heads, self._num_steady + int(self._bounds[:, -1].max()), like)
+        own = addresses_of_heads(heads, self._bounds)
+        self._lists = torch.stack([own] * 3, dim=1)
+        self.scores: Tensor | None = None
+        if keeps:
+            num_slots = documents[0].k[0].shape[0]
+            self.scores = torch.full((heads.per_group, num_slots), -float("inf"), device=device)
+
+    def _body_runs(self, pieces: Tensor, document: DecodeDocument, b: int, layer: int) -> Tensor:
+        if layer >= len(document.k):
+            return torch.empty((0, RUN_COLUMNS), dtype=torch.int64, device=self._visible.device)
+        shift = torch.tensor([0, 0, self._num_steady, b * self._heads.num_kv_heads, 0, 0])
+        return runs_of(pieces + shift, document.k[layer], document.v[layer])
+
+    def run(self, layer: int, q: Tensor) -> Attended:
+        """Attention of q [B, T, H, D]; overwrites what the last call gave."""
+        self._rows.attend_runs(
+            q,
+            self._runs[layer],
+            self._visible,
+            scale=self._scale,
+            window=self._windows[layer],
+            scores=self.scores,
+        )
+        return self._rows.merge(self._lists, num_steady=self._num_steady)
+
+    def spread(self, layer: int, evidence: Tensor, head_bounds: Tensor) -> None:
+        """evidence [N] gains each slot's share of all that was read by the last `run`, summed over
+        heads; head_bounds: [G + 1] int32, the slots of each KV head. Of a plan that keeps.
+        """
+        assert self.scores is not None
+        heads, longest = self._heads, self.scores.shape[1]
+        spread_kernel[triton.cdiv(longest, _SPREAD), heads.num_kv_heads](
+            self.scores, head_bounds, head_bounds, self._rows.result.lse, evidence, longest,
+            P=heads.per_group, BLOCK=_SPREAD, GATHERS=False,
+        )  # fmt: skip
+
+
+def dense_options(head_dim: int) -> dict[str, int]:
+    """Tile and pipeline of `attend_runs_kernel`: the best of those measured on an H200."""
+    return {"BLOCK_N": 64 if head_dim > 128 else 128, "STAGES": 2, "num_warps": 4}
+
+
+def count_steady(documents: Sequence[DecodeDocument]) -> int:
+    """Parts that the steady keys of one document's head take, the most of any."""
+    capacities = [x.shape[1] for document in documents for x in document.steady_k]
+    return max(1, -(-max(capacities) // STEADY_SLOTS))
+
+
+def steady_pieces(documents: Sequence[DecodeDocument]) -> list[Tensor]:
+    """Pieces [n, 6] of each document's steady buffers, heads counted over all documents: first row
+    of the flattened buffer, slots, part, head, place of the first among tokens, and -1: no slot.
+    """
+    pieces = []
+    for b, document in enumerate(documents):
+        num_kv_heads, capacity, _ = document.steady_k[0].shape
+        rows = [
+            (g * capacity + first, min(STEADY_SLOTS, capacity - first), part,
+             b * num_kv_heads + g, first, -1)
+            for g in range(num_kv_heads)
+            for part, first in enumerate(range(0, capacity, STEADY_SLOTS))
+        ]  # fmt: skip
+        pieces.append(torch.tensor(rows, dtype=torch.int64).view(-1, 6))
+    return pieces
+
+
+def runs_of(pieces: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The table of runs (`dense.RUN_COLUMNS`) of pieces of one layer's k, v, [..., D]."""
+    width = k.shape[-1] * k.element_size()
+    at = pieces[:, 0] * width
+    columns = [k.data_ptr() + at, v.data_ptr() + at, *pieces[:, 1:].unbind(1)]
+    return torch.stack(columns, dim=1).to(k.device)
+
+
+def split_runs(runs: Runs) -> tuple[Tensor, Tensor]:
+    """Pieces [n, 6] of at most `run_slots` slots, as in `steady_pieces` but with their flat slots,
+    heads counted from 0; and bounds [G, 9] of each head's folds among its pieces.
+    """
+    pieces, bounds, most = [], [], run_slots(runs.num_keys)
+    for g in range(runs.num_kv_heads):
+        edges, own = [0], 0
+        for fold in range(NUM_FOLDS):
+            for span in runs.of_fold(g, fold):
+                for first in range(span.start, span.stop, most):
+                    count = min(most, span.stop - first)
+                    pieces.append((first, count, own, g, FAR_BEFORE, first))
+                    own += 1
+            edges.append(own)
+        bounds.append(edges)
+    return torch.tensor(pieces, dtype=torch.int64).view(-1, 6), torch.tensor(bounds)
+
+
+def addresses_of_heads(heads: Heads, table: Tensor) -> Tensor:
+    """Address of each problem's row of a table [B * G, ...]: [Z] int64, on its device."""
+    problem = torch.arange(heads.num_problems, device=table.device)
+    each = heads.num_queries * heads.num_kv_heads
+    head = problem // each * heads.num_kv_heads + problem % heads.num_kv_heads
+    return table.data_ptr() + head * (table.stride(0) * table.element_size())
+
+
+def addresses_of_rows(table: Tensor, num_problems: int) -> Tensor:
+    """Address of each problem's row of a table [Z, ...]: [Z] int64, on its device."""
+    problem = torch.arange(num_problems, device=table.device)
+    return table.data_ptr() + problem * (table.stride(0) * table.element_size())

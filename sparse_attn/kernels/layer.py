@@ -1,0 +1,340 @@
+"""What a decode step does between attentions, one launch each: residual and norm, rotary embedding
+and append, gate, and products of few rows.
+
+Owns the arithmetic of a layer as a model defines it: every intermediate number that a chain of
+operators would round to the stream's type is rounded to it here too, so that a fused layer differs
+from that chain by the order of sums and by how exp is approximated, and by nothing else. Refuses to
+know models, caches and attention. Streams are bfloat16 or float16 (float32 under the interpreter),
+norm weights float32. Nothing waits for the device and grids depend on shapes alone: after a first
+call of the same shapes, which compiles, every call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_attn.errors import ShapeMismatch
+from sparse_attn.kernels.layer_checks import check_buffers, check_first, check_like
+from sparse_attn.kernels.prefill_launch import padded
+
+MAX_MODEL_DIM = 8192
+MAX_ROWS = 64
+GATE_COLUMNS = 512  # of a program
+_GELU_SLOPE = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
+_GELU_CUBE = tl.constexpr(0.044715)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """How `small_linear_kernel` is launched: columns of a program and the part of K a step."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """Keywords of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# By columns of a program: a wide matrix takes wide tiles, a narrow one as many programs as it can.
+# 16 and 32 columns are products of one warp each (m16n8k16), 64 of a warpgroup (sm_90).
+NVIDIA = {
+    16: Tile(block_n=16, block_k=256, num_warps=1, num_stages=4),
+    32: Tile(block_n=32, block_k=256, num_warps=2, num_stages=4),
+    64: Tile(block_n=64, block_k=128, num_warps=4, num_stages=5),
+}
+# 64 KiB on chip (gfx942).
+AMD = {
+    16: Tile(block_n=16, block_k=256, num_warps=1, num_stages=2),
+    32: Tile(block_n=32, block_k=128, num_warps=2, num_stages=2),
+    64: Tile(block_n=64, block_k=128, num_warps=4, num_stages=2),
+}
+TILES = AMD if torch.version.hip else NVIDIA
+_ENOUGH_PROGRAMS = 256  # about two for each multiprocessor of an H100, an H200 or an MI300X
+
+
+@triton.jit
+def normed_row(x, scale, eps, E: tl.constexpr):
+    """scale * x / sqrt(mean(x^2) + eps), rounded, for a row of E numbers, zero beyond them."""
+    wide = x.to(tl.float32)
+    return (wide * tl.rsqrt(tl.sum(wide * wide, 0) / E + eps) * scale).to(x.dtype)
+
+
+@triton.jit
+def add_rms_norm_kernel(
+    x, branch, weight, post_norm, stream, normed, eps, E: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """stream = x + branch, or x + rms_norm(branch, post_norm) where the model has one (Gemma);
+    normed = rms_norm(stream, weight) of the rounded stream; without a branch the stream is x.
+
+    Grid: (T), a row each. Masked: columns beyond E, which add zero to the sum of squares. Bytes: 8
+    E to read (with a branch), 4 E to write, and 4 E of each norm weight.
+    """
+    column = tl.arange(0, BLOCK)
+    is_own = column < E
+    at = tl.program_id(0).to(tl.int64) * E + column
+    own = tl.load(x + at, mask=is_own, other=0.0)
+    scale = tl.load(weight + column, mask=is_own, other=0.0)  # before what must wait for x
+    if branch is not None:
+        added = tl.load(branch + at, mask=is_own, other=0.0)
+        if post_norm is not None:
+            post_scale = tl.load(post_norm + column, mask=is_own, other=0.0)
+            added = normed_row(added, post_scale, eps, E)
+        own = (own.to(tl.float32) + added.to(tl.float32)).to(own.dtype)
+        tl.store(stream + at, own, mask=is_own)
+    tl.store(normed + at, normed_row(own, scale, eps, E), mask=is_own)
+
+
+@triton.jit
+def turned(own, other, cos, sin):
+    """own * cos, rounded, plus other * sin: one half of a rotated head."""
+    kept = (own.to(tl.float32) * cos.to(tl.float32)).to(own.dtype)
+    return (kept.to(tl.float32) + other.to(tl.float32) * sin.to(tl.float32)).to(own.dtype)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def rotate_append_kernel(
+    heads, cos, sin, qk_norm, k_buffer, v_buffer, at, q, capacity, stride_k, stride_v, eps,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Norm (where there is one) and rotate the H queries and G keys of a token; append k and v.
+
+    With x = (low, high), halves of a head: low * cos + high * sin and high * cos + low * sin, cos
+    and sin those of each half (sin has the sign of rotate-half). Grid: (T, H + 2G), a head each.
+    Masked: columns beyond D / 2, and the store of rows that the buffers do not have. Bytes: 4 D of
+    the head, 4 D of cos and sin, 4 D of its norm.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    column = tl.arange(0, BLOCK)
+    is_own = column < D // 2
+    row = tl.load(at) + t
+    is_kept = is_own & (row >= 0) & (row < capacity)
+    from_ = heads + (t * (H + 2 * G) + head) * D + column
+    low, high = load_halves(from_, is_own, D)
+    if head < H + G:
+        cos_low, cos_high = load_halves(cos + t * D + column, is_own, D)
+        sin_low, sin_high = load_halves(sin + t * D + column, is_own, D)
+        if qk_norm is not None:
+            scale_low, scale_high = load_halves(qk_norm + head * D + column, is_own, D)
+            a, b = low.to(tl.float32), high.to(tl.float32)
+            inverse = tl.rsqrt(tl.sum(a * a + b * b, 0) / D + eps)
+            low = (a * inverse * scale_low).to(low.dtype)
+            high = (b * inverse * scale_high).to(high.dtype)
+        low, high = turned(low, high, cos_low, sin_low), turned(high, low, cos_high, sin_high)
+    if head < H:
+        store_halves(q + (t * H + head) * D + column, low, high, is_own, D)
+    elif head < H + G:
+        to = k_buffer + (head - H).to(tl.int64) * stride_k + row * D + column
+        store_halves(to, low, high, is_kept, D)
+    else:
+        to = v_buffer + (head - H - G).to(tl.int64) * stride_v + row * D + column
+        store_halves(to, low, high, is_kept, D)
+
+
+@triton.jit
+def load_halves(at, mask, D: tl.constexpr):
+    """Both halves of a row of D numbers, from the pointers to the first."""
+    return tl.load(at, mask=mask, other=0.0), tl.load(at + D // 2, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_halves(at, low, high, mask, D: tl.constexpr):
+    """Both halves of a row of D numbers, to the pointers to the first."""
+    tl.store(at, low, mask=mask)
+    tl.store(at + D // 2, high, mask=mask)
+
+
+@triton.jit
+def gate_kernel(gate_up, out, F: tl.constexpr, IS_SILU: tl.constexpr, BLOCK: tl.constexpr):
+    """act(gate), rounded, times up: silu(x) = x / (1 + exp(-x)), and gelu by tanh(u) is
+    x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+
+    Grid: (blocks of columns, T). Masked: columns beyond F. Bytes: 4 BLOCK to read, 2 to write.
+    """
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_own = column < F
+    row = tl.program_id(1).to(tl.int64)
+    from_ = gate_up + row * (2 * F) + column
+    x = tl.load(from_, mask=is_own, other=0.0)
+    up = tl.load(from_ + F, mask=is_own, other=0.0)
+    wide = x.to(tl.float32)
+    slope = wide if IS_SILU else _GELU_SLOPE * (wide + _GELU_CUBE * (wide * wide * wide))
+    act = (wide / (1.0 + tl.exp(-slope))).to(x.dtype)
+    product = act.to(tl.float32) * up.to(tl.float32)
+    tl.store(out + row * F + column, product.to(x.dtype), mask=is_own)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def small_linear_kernel(
+    x, weight, bias, out, num_rows, num_columns,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[t, n] = round(sum over k of weight[n, k] x[t, k], in float32, + bias[n]).
+
+    The weight is the left operand: the instruction is chosen by BLOCK_N, whatever T is, and each
+    sum runs through K in order. Grid: (tiles of BLOCK_N columns), each with all rows. Masked: rows
+    beyond T (of ROWS, at least 16), columns beyond N, and the end of K. Bytes: 2 BLOCK_N K of
+    weights, read once; 2 T K of x, from the L2.
+    """
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.arange(0, ROWS)
+    inner = tl.arange(0, BLOCK_K)
+    is_column = column < num_columns
+    is_row = row < num_rows
+    weight_at = weight + column.to(tl.int64)[:, None] * K + inner[None, :]
+    x_at = x + row[None, :] * K + inner[:, None]
+    total = tl.zeros((BLOCK_N, ROWS), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        is_inner = inner < K - start
+        w = tl.load(weight_at + start, mask=is_column[:, None] & is_inner[None, :], other=0.0)
+        y = tl.load(x_at + start, mask=is_row[None, :] & is_inner[:, None], other=0.0)
+        total = tl.dot(w, y, total, input_precision="ieee")
+    if bias is not None:
+        total += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[:, None]
+    at = out + row.to(tl.int64)[None, :] * num_columns + column[:, None]
+    tl.store(at, total.to(x.dtype.element_ty), mask=is_column[:, None] & is_row[None, :])
+
+
+def add_rms_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float,
+    post_norm: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The stream x + branch and its norm, [T, E] each; x, branch [T, E], norm weights [E] f32.
+
+    Without a branch the stream is x itself and only the norm is written. out: stream and norm; the
+    stream may be x.
+    """
+    check_first("x", x, ndim=2)
+    num_rows, dim = x.shape
+    if dim > MAX_MODEL_DIM:
+        raise ShapeMismatch(f"model dim: {dim}, at most {MAX_MODEL_DIM}; use --backend torch")
+    check_like(x, branch=(branch, (num_rows, dim)))
+    check_like(x, torch.float32, weight=(weight, (dim,)), post_norm=(post_norm, (dim,)))
+    if out is None:
+        out = x if branch is None else torch.empty_like(x), torch.empty_like(x)
+    check_like(x, stream=(out[0], (num_rows, dim)), normed=(out[1], (num_rows, dim)))
+    block = padded(dim)
+    add_rms_norm_kernel[(num_rows,)](
+        x, branch, weight, post_norm, out[0], out[1], eps, dim, block, num_warps=norm_warps(block)
+    )
+    return x if branch is None else out[0], out[1]
+
+
+def rotate_append(
+    heads: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    qk_norm: Tensor | None,
+    k_buffer: Tensor,
+    v_buffer: Tensor,
+    at: Tensor,
+    *,
+    eps: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Queries [T, H, D], normed and rotated; keys, likewise, and values go to the buffers.
+
+    heads: [T, H + 2G, D], the product of queries, keys and values; cos, sin: [T, 1, D]; qk_norm: [H
+    + G, D] f32; buffers: [G, capacity, D], rows contiguous; at: [1] int64, the row of the first of
+    the T tokens. Rows that the buffers do not have are not written.
+    """
+    check_first("heads", heads, ndim=3)
+    num_tokens, num_all, dim = heads.shape
+    check_buffers(heads, k_buffer, v_buffer)
+    num_kv_heads, capacity = k_buffer.shape[:2]
+    num_heads = num_all - 2 * num_kv_heads
+    if num_heads < 1 or dim % 2:
+        raise ShapeMismatch(
+            f"query heads and head dim: {num_heads}, {dim}, at least 1 and even; "
+            "pass the product of queries, keys and values"
+        )
+    turn = (num_tokens, 1, dim)
+    check_like(heads, cos=(cos, turn), sin=(sin, turn))
+    check_like(heads, torch.float32, qk_norm=(qk_norm, (num_heads + num_kv_heads, dim)))
+    check_like(heads, torch.int64, at=(at, (1,)))
+    q = heads.new_empty((num_tokens, num_heads, dim)) if out is None else out
+    check_like(heads, out=(q, (num_tokens, num_heads, dim)))
+    rotate_append_kernel[(num_tokens, num_all)](
+        heads, cos, sin, qk_norm, k_buffer, v_buffer, at, q,
+        capacity, k_buffer.stride(0), v_buffer.stride(0), eps,
+        num_heads, num_kv_heads, dim, padded(dim // 2), num_warps=1,
+    )  # fmt: skip
+    return q
+
+
+def gate(
+    gate_up: Tensor, activation: Literal["silu", "gelu_tanh"], *, out: Tensor | None = None
+) -> Tensor:
+    """act(gate) * up, [T, F], of gate_up [T, 2F]: gate, then up."""
+    check_first("gate_up", gate_up, ndim=2)
+    num_rows, width = gate_up.shape
+    if width % 2 or activation not in ("silu", "gelu_tanh"):
+        raise ShapeMismatch(
+            f"columns and activation: {width}, {activation!r}, an even number and silu or "
+            "gelu_tanh; use --backend torch"
+        )
+    dim = width // 2
+    result = gate_up.new_empty((num_rows, dim)) if out is None else out
+    check_like(gate_up, out=(result, (num_rows, dim)))
+    grid = (triton.cdiv(dim, GATE_COLUMNS), num_rows)
+    gate_kernel[grid](gate_up, result, dim, activation == "silu", GATE_COLUMNS, num_warps=2)
+    return result
+
+
+def small_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    tile: Tile | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x [T, K] times weight [N, K], plus bias [N]: [T, N] for at most 64 rows.
+
+    A row's bits depend on the tile and on no other row; the tile of None depends on N alone.
+    """
+    check_first("x", x, ndim=2)
+    num_rows, inner = x.shape
+    if num_rows > MAX_ROWS:
+        raise ShapeMismatch(f"rows: {num_rows}, at most {MAX_ROWS}; use torch's linear")
+    num_columns = weight.shape[0]
+    check_like(x, weight=(weight, (num_columns, inner)), bias=(bias, (num_columns,)))
+    result = x.new_empty((num_rows, num_columns)) if out is None else out
+    check_like(x, out=(result, (num_rows, num_columns)))
+    tile = tile or tile_for(num_columns)
+    small_linear_kernel[(triton.cdiv(num_columns, tile.block_n),)](
+        x, weight, bias, result, num_rows, num_columns,
+        inner, padded_rows(num_rows), tile.block_n, tile.block_k, **tile.options(),
+    )  # fmt: skip
+    return result
+
+
+def tile_for(num_columns: int) -> Tile:
+    """The widest tile that gives every multiprocessor two programs, or the narrowest."""
+    wide = [n for n in TILES if num_columns >= n * _ENOUGH_PROGRAMS]
+    return TILES[max(wide, default=min(TILES))]
+
+
+def padded_rows(num_rows: int) -> int:
+    """Rows of a product on tensor cores: 16, 32 or 64."""
+    return max(16, padded(num_rows))
+
+
+def norm_warps(block: int) -> int:
+    """Warps of a row: 16 numbers a thread, two vectors, where there are as many."""
+    return min(16, max(1, block // 512))

@@ -1,0 +1,116 @@
+"""Reading a selection, and estimating what was not read: the parts of one problem.
+
+A problem is one query and KV head of one document. Its selection is a list of slots cut by fold;
+tiles of `TILE_SLOTS` never cross a fold, and each gives one part. Units that were not read stand
+for their keys by (log mass, value sum, size), tile by tile in the same way.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sparse_attn.kernels.common import LOG2_E, LOWEST, address, rows_at
+from sparse_attn.kernels.dense import softmax_step, store_part
+
+TILE_SLOTS = 128
+
+
+@triton.jit
+def read_tile(
+    z, x, keys, values, slots, first, count, part, part_out, part_lse, scores, scale,
+    capacity, num_parts,
+    P: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEEPS: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(scale q K^T) V over slots first to first + count of a problem's selection.
+
+    Reads two rows of D elements a slot; where KEEPS, writes scores [Z, P, capacity], scaled.
+    """
+    row = tl.arange(0, BLOCK_P)
+    is_row = row < P
+    high = tl.full((BLOCK_P,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_P,), tl.float32)
+    out = tl.zeros((BLOCK_P, D), tl.float32)
+    for start in tl.range(0, count, BLOCK_N, num_stages=1):
+        place = start + tl.arange(0, BLOCK_N)
+        is_slot = place < count
+        slot = tl.load(slots + first + place, mask=is_slot, other=0).to(tl.int64)
+        k = tl.load(rows_at(keys, slot, D), mask=is_slot[:, None], other=0.0)
+        v = tl.load(rows_at(values, slot, D), mask=is_slot[:, None], other=0.0)
+        product = tl.dot(x, tl.trans(k), input_precision="ieee") * scale
+        if KEEPS:
+            kept = scores + (z * P + row)[:, None].to(tl.int64) * capacity
+            kept += first + place[None, :]
+            tl.store(kept, product, mask=is_row[:, None] & is_slot[None, :])
+        hidden = tl.where(is_slot[None, :], product * LOG2_E, -float("inf"))
+        high, total, out = softmax_step(hidden, v, high, total, out)
+    rows = (z * num_parts + part) * P + row
+    store_part(part_out, part_lse, rows, is_row, high, total, out, D)
+
+
+@triton.jit
+def estimate_units(
+    z, part, log_mass, width, values, sizes, unit, is_unit, part_out, part_lse, num_parts,
+    P: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """What stands for units that were not read: weights exp(log mass) over mean values.
+
+    log_mass [Z, P, width] is -inf where a unit was read; values: pointers [n, D] to value sums.
+    Reads 2 D bytes of each unit.
+    """
+    row = tl.arange(0, BLOCK_P)
+    is_row = row < P
+    at = log_mass + (z * P + row)[:, None].to(tl.int64) * width + unit[None, :]
+    is_own = is_row[:, None] & is_unit[None, :]
+    mass = tl.load(at, mask=is_own, other=-float("inf"))
+    v = tl.load(values, mask=is_unit[:, None], other=0.0)
+    high = tl.maximum(tl.max(mass, 1), LOWEST)
+    weights = tl.exp(mass - high[:, None])
+    means = weights / tl.maximum(sizes, 1).to(tl.float32)[None, :]
+    out = tl.dot(means.to(v.dtype), v, input_precision="ieee")
+    rows = (z * num_parts + part) * P + row
+    total = tl.sum(weights, 1)
+    store_part(part_out, part_lse, rows, is_row, high * LOG2_E, total, out, D)
+
+
+@triton.jit
+def estimate_tile(
+    tile, query, tables, log_mass, part_out, part_lse, num_queries, width, base, num_parts,
+    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """`estimate_units` of a tile of a table; tile, tables: as in `score.score_tile`."""
+    head = tl.load(tile)
+    first = tl.load(tile + 1)
+    count = tl.load(tile + 2)
+    place = tl.load(tile + 3)
+    table = tables + head // G * 6
+    z = (head // G * num_queries + query) * G + head % G
+    unit = first + tl.arange(0, TILE)
+    is_unit = tl.arange(0, TILE) < count
+    at = (head % G) * tl.load(table + 3) + unit
+    sizes = tl.load(address(table + 2, tl.int32) + at, mask=is_unit, other=0)
+    values = rows_at(address(table + 5, tl.float16), at, D)
+    estimate_units(
+        z, base + place, log_mass, width, values, sizes, unit, is_unit, part_out, part_lse,
+        num_parts, P, D, BLOCK_P,
+    )  # fmt: skip
+    return z
+
+
+@triton.jit
+def estimate_members(
+    z, first, count, part, members, value_sums, log_mass, part_out, part_lse,
+    num_problems, width, num_parts,
+    P: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """`estimate_units` of a tile of packed clusters (`score.score_group`)."""
+    unit = first + tl.arange(0, TILE)
+    is_unit = tl.arange(0, TILE) < count
+    member = members + z.to(tl.int64) * width + unit
+    at = tl.load(member, mask=is_unit, other=0)
+    sizes = tl.load(member + num_problems.to(tl.int64) * width, mask=is_unit, other=0)
+    estimate_units(
+        z, part, log_mass, width, rows_at(value_sums, at, D), sizes, unit, is_unit, part_out,
+        part_lse, num_parts, P, D, BLOCK_P,
+    )  # fmt: skip

@@ -1,0 +1,121 @@
+"""The look-up: estimated mass of units (clusters, groups of clusters) for the queries of a step.
+
+Owns scoring of whole tables by tiles, and of the clusters of opened groups; the formula is the one
+of `select/centroid.py`. Queries are scaled by a power of two so that they and their squares fit
+half precision, which the tables have; the scale is taken back exactly.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sparse_attn.kernels.common import address, log_add, log_sum, rows_at
+
+TILE_UNITS = 128
+# Columns of a tile of units: document * G + KV head, first unit, units, index among the head's.
+TILE_COLUMNS = 4
+
+
+@triton.jit
+def load_queries(q, q_rows, is_row, scale, D: tl.constexpr):
+    """Rows of q and their squares in half precision, and what to multiply products by: [R] each."""
+    columns = tl.arange(0, D)[None, :]
+    x = tl.load(q + q_rows[:, None] * D + columns, mask=is_row[:, None], other=0.0).to(tl.float32)
+    greatest = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
+    # The power of two above the greatest element.
+    power = tl.exp2(tl.floor(tl.log2(greatest)) + 1.0)
+    x = x / power[:, None]
+    factor = power * scale
+    return x.to(tl.float16), (x * x).to(tl.float16), factor
+
+
+@triton.jit
+def score_rows(x, squares, factor, centroids, variances, sizes, is_unit):
+    """Estimated log mass [N, R] of units [N, D] for query rows: log n + s q.c + m (sigma - m / 2),
+    sigma^2 = s^2 sum q_i^2 var_i, m = min(sigma, sqrt(2 log n)).
+    """
+    log_size = tl.log(tl.maximum(sizes, 1).to(tl.float32))
+    critical = tl.sqrt(2.0 * log_size)
+    linear = tl.dot(centroids, tl.trans(x), input_precision="ieee") * factor[None, :]
+    square = tl.dot(variances, tl.trans(squares), input_precision="ieee")
+    sigma = tl.sqrt(tl.maximum(square, 0.0)) * factor[None, :]
+    knee = tl.minimum(sigma, critical[:, None])
+    mass = log_size[:, None] + linear + knee * (sigma - 0.5 * knee)
+    return tl.where(is_unit[:, None] & (sizes > 0)[:, None], mass, -float("inf"))
+
+
+@triton.jit
+def score_tile(
+    q, tile, tables, log_mass, tile_lse, scale, num_queries, width, num_tiles, block,
+    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Scores of one tile of units for a block of rows (query, head of the group), and their sum;
+    returns the tile's head.
+
+    tables: int64 [documents, 6], addresses of centroids, variances [G, U, D] half, sizes [G, U]
+    int32, then U, and addresses of first slots [G, U] int32 and value sums [G, U, D] half. Writes
+    log_mass [Z, P, width] and tile_lse [Z, num_tiles, P]. Reads 4 D bytes of each unit.
+    """
+    head = tl.load(tile)
+    first = tl.load(tile + 1)
+    count = tl.load(tile + 2)
+    place = tl.load(tile + 3)
+    document = head // G
+    table = tables + document * 6
+    row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    is_row = row // P < num_queries
+    problem = (document * num_queries + row // P) * G + head % G
+    q_rows = problem * P + row % P
+    x, squares, factor = load_queries(q, q_rows, is_row, scale, D)
+    unit = tl.arange(0, TILE)
+    is_unit = unit < count
+    at = (head % G) * tl.load(table + 3) + first + unit
+    is_loaded = is_unit[:, None]
+    c = tl.load(rows_at(address(table, tl.float16), at, D), mask=is_loaded, other=0.0)
+    var = tl.load(rows_at(address(table + 1, tl.float16), at, D), mask=is_loaded, other=0.0)
+    sizes = tl.load(address(table + 2, tl.int32) + at, mask=is_unit, other=0)
+    mass = score_rows(x, squares, factor, c, var, sizes, is_unit)
+    where = q_rows[None, :].to(tl.int64) * width + (first + unit)[:, None]
+    tl.store(log_mass + where, mass, mask=is_loaded & is_row[None, :])
+    tl.store(tile_lse + (problem * num_tiles + place) * P + row % P, log_sum(mass, 0), mask=is_row)
+    return head
+
+
+@triton.jit
+def score_group(
+    z, group, x, squares, factor, entries, centroids, variances, sizes_at, starts_at,
+    log_mass, members, group_lse, num_problems, width, max_opened,
+    P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Scores of the clusters of one opened group, packed, for the rows of one problem.
+
+    entries [max_opened, 3] int32: first column of the group's clusters, clusters, first packed
+    place. Writes log_mass [Z, P, width], members [3, Z, width] (column, size, first slot) and
+    group_lse [Z, max_opened, P]. Reads 4 D bytes of each cluster.
+    """
+    row = tl.arange(0, BLOCK_R)
+    is_row = row < P
+    first = tl.load(entries + group * 3)
+    count = tl.load(entries + group * 3 + 1)
+    packed = tl.load(entries + group * 3 + 2)
+    total = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+    plane = num_problems.to(tl.int64) * width
+    for start in tl.range(0, count, TILE, num_stages=1):
+        unit = start + tl.arange(0, TILE)
+        is_unit = (unit < count) & (packed + unit < width)
+        at = first + unit
+        is_loaded = is_unit[:, None]
+        c = tl.load(rows_at(centroids, at, D), mask=is_loaded, other=0.0)
+        var = tl.load(rows_at(variances, at, D), mask=is_loaded, other=0.0)
+        sizes = tl.load(sizes_at + at, mask=is_unit, other=0)
+        starts = tl.load(starts_at + at, mask=is_unit, other=0)
+        mass = score_rows(x, squares, factor, c, var, sizes, is_unit)
+        where = (z * P + row[None, :]).to(tl.int64) * width + (packed + unit)[:, None]
+        tl.store(log_mass + where, mass, mask=is_loaded & is_row[None, :])
+        member = members + z.to(tl.int64) * width + packed + unit
+        tl.store(member, at, mask=is_unit)
+        tl.store(member + plane, sizes, mask=is_unit)
+        tl.store(member + 2 * plane, starts, mask=is_unit)
+        total = log_add(total, log_sum(mass, 0))
+    tl.store(group_lse + (z * max_opened + group) * P + row, total, mask=is_row)

@@ -1,0 +1,291 @@
+"""The `centroid` step: select, read, estimate, merge.
+
+One level: every cluster is scored, the best are read, the others stand for their keys. Two levels:
+groups are scored and the best opened, their clusters scored and the best read; clusters that were
+opened but not read, and groups that were not opened, stand for their keys. Every unread key is in
+exactly one of them. Everything is decided when the plan is made: `run` only launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from sparse_attn.folds import NUM_FOLDS
+from sparse_attn.kernels.decode import (
+    Attended,
+    DecodeDocument,
+    Heads,
+    Rows,
+    addresses_of_heads,
+    addresses_of_rows,
+    count_steady,
+    runs_of,
+    steady_pieces,
+)
+from sparse_attn.kernels.dense import STEADY_SLOTS, spread_kernel
+from sparse_attn.kernels.read import TILE_SLOTS
+from sparse_attn.kernels.score import TILE_UNITS
+from sparse_attn.kernels.steps import look_kernel, open_kernel, read_kernel
+from sparse_attn.kernels.tables import UnitTables
+from sparse_attn.kernels.tails import tail_of
+from sparse_attn.kernels.take import MAX_RESIDENT, take_kernel
+from sparse_attn.kernels.worth import QUANTA
+from sparse_attn.select.base import Limit, Tail
+from sparse_attn.select.centroid import opening_limit
+
+# Programs that share lists whose lengths are not known before: four a multiprocessor.
+_PROGRAMS = 528
+_SPREAD = 1024  # slots of a program of `spread_kernel`
+
+
+class CentroidDecode:
+    """Attention over the clusters that a limit lets each query have, everything else estimated.
+
+    visible: as in `DenseDecode`; levels: of the look-up; estimates: whether the rest counts in
+    `Attended.out`; keeps: whether scores of what was read are wanted. After `run`: slots [Z,
+    capacity] int32, what each problem read, cut by slot_bounds [layer, Z, 9] (the last is their
+    number), as packed_bounds [layer, Z, 9] cuts the clusters of opened groups; and scores [Z, P,
+    capacity] float32 if kept.
+    """
+
+    def __init__(
+        self,
+        heads: Heads,
+        documents: Sequence[DecodeDocument],
+        visible: Tensor,
+        *,
+        limit: Limit,
+        levels: int,
+        scale: float,
+        estimates: bool = True,
+        keeps: bool = False,
+    ) -> None:
+        self._heads, self._visible, self._scale = heads, visible, scale
+        self._limit, self._is_deep = limit, levels == 2
+        self._estimates, self._keeps = estimates, keeps
+        self._kept = documents  # the plan holds addresses
+        layers, device = range(len(documents[0].k)), visible.device
+        indexes = [document.indexes for document in documents]
+        self._clusters = UnitTables(indexes, of_groups=False)
+        self._first = UnitTables(indexes, of_groups=True) if self._is_deep else self._clusters
+        self._num_steady = count_steady(documents)
+        steady = steady_pieces(documents)
+        self._steady = [
+            torch.cat(
+                [runs_of(steady[b], d.steady_k[i], d.steady_v[i]) for b, d in enumerate(documents)]
+            )
+            for i in layers
+        ]
+        self._kv = [
+            torch.tensor([[d.k[i].data_ptr(), d.v[i].data_ptr()] for d in documents], device=device)
+            for i in layers
+        ]
+        self._allocate(documents, len(layers))
+        self._choices = [self._first_choice(i) for i in layers]
+        self._seconds = [self._second_choice(i) for i in layers] if self._is_deep else []
+
+    def _allocate(self, documents: Sequence[DecodeDocument], num_layers: int) -> None:
+        """What one launch writes and the next ones read, for all layers."""
+        z, p, like = self._heads.num_problems, self._heads.per_group, documents[0].k[0]
+
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=like.device)
+
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=like.device)
+
+        first, opening = self._first, opening_limit(self._limit)
+        most_keys = max(longest_head(document) for document in documents)
+        self.capacity = max(1, _least(most_keys, self._limit.keys))
+        self.slots, self.slot_bounds = ints(z, self.capacity), ints(num_layers, z, 9)
+        self.scores = floats(z, p, self.capacity if self._keeps else 1)
+        self._width = first.max_units
+        # Columns without a unit are never written.
+        self._mass = floats(z, p, self._width).fill_(-float("inf"))
+        self._tile_lse = floats(z, max(1, first.max_tiles), p)
+        self._packed = _least(self._clusters.max_units, opening.keys) if self._is_deep else 1
+        self._members, self._packed_mass = ints(3, z, self._packed), floats(z, p, self._packed)
+        num_opened = first.max_units if self._is_deep else 1
+        self._opened, self._entries = ints(z, num_opened, 3), ints(z, self.capacity, 3)
+        self._opened_bounds, self.packed_bounds = ints(z, 9), ints(num_layers, z, 9)
+        self._entry_bounds = ints(z, 9)
+        self._group_lse, self._nothing = floats(z, num_opened, p), ints(9)
+        widest = max(self._width, self._packed)
+        is_chunked = widest > MAX_RESIDENT or self._limit.mass is not None
+        self._scratch = ints(z, widest if is_chunked else 0)
+        self._before = torch.zeros(z, widest, dtype=torch.int64, device=like.device)
+        tiles = self._num_steady + self.capacity // TILE_SLOTS + NUM_FOLDS
+        members = tiles + first.max_tiles
+        self._bases = (self._num_steady, tiles, members)
+        num_members = self._packed // TILE_UNITS + NUM_FOLDS if self._is_deep else 0
+        self._rows = Rows(self._heads, members + num_members, like)
+        self._lists = [
+            torch.stack(
+                [
+                    self._each(slots),
+                    addresses_of_heads(self._heads, first.tile_bounds),
+                    self._each(packed),
+                ],
+                dim=1,
+            )
+            for slots, packed in zip(self.slot_bounds, self.packed_bounds, strict=True)
+        ]
+
+    def _first_choice(self, layer: int) -> Tensor:
+        """The problems of `take_kernel` over the units that are looked at first."""
+        heads, first, is_deep = self._heads, self._first, self._is_deep
+        steady = self._each(self._rows.lse)
+        unit = addresses_of_heads(heads, first.head_at[:-1])
+        offset = first.head_at[(unit - first.head_at.data_ptr()) // 8] * 4
+        numbers = (first.sizes[layer], first.firsts[layer], first.counted[layer])
+        return torch.stack(
+            [
+                *(x.data_ptr() + offset for x in numbers),
+                addresses_of_heads(heads, first.counts),
+                addresses_of_heads(heads, first.bounds),
+                self._each(self._tile_lse),
+                addresses_of_heads(heads, first.tile_bounds),
+                steady,
+                torch.full_like(steady, self._nothing.data_ptr()),
+                steady,
+                self._each(self._opened if is_deep else self._entries),
+                self._each(self._opened_bounds if is_deep else self._entry_bounds),
+                self._each((self.packed_bounds if is_deep else self.slot_bounds)[layer]),
+            ],
+            dim=1,
+        )
+
+    def _second_choice(self, layer: int) -> Tensor:
+        """The problems of `take_kernel` over the clusters of opened groups."""
+        packed = self.packed_bounds[layer]
+        return torch.stack(
+            [
+                self._each(self._members[1]),
+                self._each(self._members[2]),
+                self._each(self._members[1]),
+                self._each(packed[:, 8:]),
+                self._each(packed),
+                self._each(self._rows.lse[:, self._bases[1] :]),
+                addresses_of_heads(self._heads, self._first.tile_bounds),
+                self._each(self._group_lse),
+                self._each(self._opened_bounds),
+                self._each(self._rows.lse),
+                self._each(self._entries),
+                self._each(self._entry_bounds),
+                self._each(self.slot_bounds[layer]),
+            ],
+            dim=1,
+        )
+
+    def _each(self, table: Tensor) -> Tensor:
+        return addresses_of_rows(table, self._heads.num_problems)
+
+    def run(self, layer: int, q: Tensor) -> Attended:
+        """Attention of q [B, T, H, D]; overwrites what the last call gave."""
+        self._look(layer, q)
+        if self._is_deep:
+            self._take(self._choices[layer], self._mass, opening_limit(self._limit), expands=False)
+            self._open(layer, q)
+            self._take(self._seconds[layer], self._packed_mass, self._limit, expands=True)
+        else:
+            self._take(self._choices[layer], self._mass, self._limit, expands=True)
+        self._read(layer, q)
+        num_lists = 1
+        if self._estimates:
+            num_lists = 3 if self._is_deep else 2
+        return self._rows.merge(
+            self._lists[layer],
+            num_steady=self._num_steady,
+            bases=self._bases,
+            tiles=(TILE_SLOTS, TILE_UNITS),
+            num_lists=num_lists,
+        )
+
+    def spread(self, layer: int, evidence: Tensor) -> None:
+        """evidence [N] gains, at each slot that the last `run` of this layer read, its share of all
+        that was read, summed over heads; of a plan that keeps, for one query of one document.
+        """
+        heads = self._heads
+        spread_kernel[triton.cdiv(self.capacity, _SPREAD), heads.num_problems](
+            self.scores, self.slots, self.slot_bounds[layer], self._rows.result.lse_read, evidence,
+            self.capacity, P=heads.per_group, BLOCK=_SPREAD, GATHERS=True,
+        )  # fmt: skip
+
+    def tail(self, layer: int, q: Tensor) -> Tail:
+        """What the last `run` of this layer left unread, of one query [1, H, D] of one document."""
+        index, closed = self._kept[0].indexes[layer], self._mass.flatten(0, 1)
+        if not self._is_deep:
+            return tail_of(q, index.clusters, closed, scale=self._scale)
+        place = torch.arange(self._packed, device=closed.device)
+        is_beyond = place >= self.packed_bounds[layer, :, 8:]
+        mass = self._packed_mass.masked_fill(is_beyond.unsqueeze(1), -float("inf")).flatten(0, 1)
+        columns = self._members[0].masked_fill(is_beyond, 0).long()
+        opened = tail_of(q, index.clusters, mass, scale=self._scale, columns=columns)
+        return tail_of(q, index.groups, closed, scale=self._scale).join(opened)
+
+    def _look(self, layer: int, q: Tensor) -> None:
+        heads, first, rows, steady = self._heads, self._first, self._rows, self._steady[layer]
+        num_rows = heads.num_queries * heads.per_group
+        block_r = min(64, max(16, triton.next_power_of_2(num_rows)))
+        items = steady.shape[0] + first.tiles.shape[0]
+        look_kernel[items, triton.cdiv(num_rows, block_r)](
+            q, steady, steady.shape[0], self._visible, first.tiles, first.addresses[layer],
+            self._mass, self._tile_lse, rows.out, rows.lse,
+            self._scale, heads.num_queries, rows.num_parts, self._width, self._tile_lse.shape[1],
+            G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=rows.kv, BLOCK_R=block_r,
+            BLOCK_N=STEADY_SLOTS, TILE=TILE_UNITS, num_warps=8,
+        )  # fmt: skip
+
+    def _take(self, problems: Tensor, mass: Tensor, limit: Limit, *, expands: bool) -> None:
+        heads, width = self._heads, mass.shape[2]
+        block = min(MAX_RESIDENT, triton.next_power_of_2(max(width, 128)))
+        take_kernel[(heads.num_problems,)](
+            problems, mass, width, self._num_steady, limit.keys or 0,
+            int((limit.mass or 0.0) * QUANTA.value), self._scratch, self._before, self.slots,
+            self.capacity if expands else self._opened.shape[1],
+            P=heads.per_group, BLOCK_P=triton.next_power_of_2(heads.per_group), BLOCK=block,
+            BY_MASS=limit.mass is not None, EXPAND=expands, num_warps=min(16, max(4, block // 256)),
+        )  # fmt: skip
+
+    def _open(self, layer: int, q: Tensor) -> None:
+        heads, first, rows = self._heads, self._first, self._rows
+        programs = max(1, min(self._opened.shape[1], _PROGRAMS // heads.num_problems))
+        open_kernel[programs, heads.num_problems](
+            q, first.tiles, first.tile_first, first.addresses[layer], self._mass,
+            self._clusters.addresses[layer], self._opened, self._opened_bounds, self._packed_mass,
+            self._members, self._group_lse, rows.out, rows.lse,
+            self._scale, heads.num_queries, rows.num_parts, self._width, self._packed,
+            self._opened.shape[1], self._bases[1],
+            G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, BLOCK_R=heads.block,
+            TILE=TILE_UNITS, TILE_MEMBERS=32, num_warps=4,
+        )  # fmt: skip
+
+    def _read(self, layer: int, q: Tensor) -> None:
+        heads, first, rows = self._heads, self._first, self._rows
+        mass = self._packed_mass if self._is_deep else self._mass
+        programs = max(1, _PROGRAMS // heads.num_problems)
+        read_kernel[programs, heads.num_problems](
+            q, self._kv[layer], self.slots, self.slot_bounds[layer], self.scores, first.tiles,
+            first.tile_first, self._clusters.addresses[layer], self._members,
+            self.packed_bounds[layer],
+            mass, rows.out, rows.lse,
+            self._scale, heads.num_queries, rows.num_parts, self.capacity, mass.shape[2],
+            *self._bases,
+            G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=rows.kv,
+            BLOCK_R=heads.block, BLOCK_N=64 if heads.head_dim > 128 else 128, TILE_READ=TILE_SLOTS,
+            TILE=TILE_UNITS, IS_DEEP=self._is_deep, KEEPS=self._keeps, num_warps=4,
+        )  # fmt: skip
+
+
+def longest_head(document: DecodeDocument) -> int:
+    """Most keys of the body that one KV head has."""
+    bounds, count = document.runs.bounds, document.runs.count
+    return max((int(count[row[0] : row[-1]].sum()) for row in bounds.tolist()), default=0)
+
+
+def _least(number: int, limit: int | None) -> int:
+    return max(1, number if limit is None else min(number, limit))

@@ -1,0 +1,92 @@
+"""Look-up tables of the documents of a plan, as kernels take them: addresses and int32 numbers.
+
+Owns the division of each head's units into tiles that no fold's bound crosses. Knows no queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_attn.folds import NUM_FOLDS
+from sparse_attn.kernels.score import TILE_UNITS
+from sparse_attn.select.centroid import CentroidIndex, Units
+
+
+class UnitTables:
+    """Clusters, or groups of clusters, of every document in every layer.
+
+    Per layer: sizes, firsts [sum of U over all heads] int32, first slots, or of groups the first
+    columns of their clusters; counted, the same: sizes, or the clusters of groups; head_at [B * G +
+    1], where each head's begin. tiles: [n, 4] int32 (`score.score_tile`); tile_bounds, bounds: [B *
+    G, 9] int32, of each head's folds among its tiles and its units; tile_first: [B * G + 1] int32;
+    counts: [B * G] int32, units of a head, padding included; addresses: [B, 6] int64 a layer, what
+    a kernel's `tables` is.
+    """
+
+    def __init__(self, indexes: Sequence[Sequence[CentroidIndex]], *, of_groups: bool) -> None:
+        """indexes: [document][layer]; columns are the same in every layer of a document."""
+        units = [[i.groups if of_groups else i.clusters for i in own] for own in indexes]
+        self._kept = units  # tables are held by their addresses
+        heads, device = [own[0] for own in units], units[0][0].sizes.device
+        self.sizes = _side_by_side([[u.sizes for u in own] for own in units])
+        self.counted = self.sizes
+        if of_groups:
+            self.firsts = _side_by_side([[i.group_starts for i in own] for own in indexes])
+            self.counted = _side_by_side([[i.group_counts for i in own] for own in indexes])
+        else:
+            self.firsts = _side_by_side([[u.starts for u in own] for own in units])
+        widths = [u.num_units for u in heads for _ in range(u.sizes.shape[0])]
+        self._edges = [0]
+        for width in widths:
+            self._edges.append(self._edges[-1] + width)
+        self.head_at = torch.tensor(self._edges, device=device)
+        self.counts = torch.tensor(widths, dtype=torch.int32, device=device)
+        bounds = torch.cat([u.bounds for u in heads])
+        self.bounds = bounds.int().to(device)
+        tiles, tile_bounds = _tile(bounds.tolist())
+        self.tiles = torch.tensor(tiles, dtype=torch.int32, device=device).view(-1, 4)
+        self.tile_bounds = torch.tensor(tile_bounds, dtype=torch.int32, device=device)
+        own_tiles = [0, *(row[-1] for row in tile_bounds)]
+        self.tile_first = torch.tensor(own_tiles, device=device).cumsum(0).int()
+        self.max_units = max(widths)
+        self.max_tiles = max(own_tiles)
+        self.addresses = [
+            torch.tensor([self._row(own[i], b, i) for b, own in enumerate(units)], device=device)
+            for i in range(len(units[0]))
+        ]
+
+    def _row(self, units: Units, document: int, layer: int) -> list[int]:
+        first_unit = self._edges[document * units.sizes.shape[0]]
+        return [
+            units.centroids.data_ptr(),
+            units.variances.data_ptr(),
+            self.sizes[layer][first_unit:].data_ptr(),
+            units.num_units,
+            self.firsts[layer][first_unit:].data_ptr(),
+            units.value_sums.data_ptr(),
+        ]
+
+
+def _side_by_side(tables: list[list[Tensor]]) -> list[Tensor]:
+    """[document][layer] tables [G, U]: for each layer, every document's heads, int32."""
+    layers = zip(*tables, strict=True)
+    return [torch.cat([own.int().flatten() for own in layer]) for layer in layers]
+
+
+def _tile(heads: list[list[int]]) -> tuple[list[tuple[int, int, int, int]], list[list[int]]]:
+    """(head, first unit, units, index among the head's) of every tile, and the folds' bounds among
+    each head's tiles, of heads' 9 bounds among their units.
+    """
+    tiles, all_bounds = [], []
+    for head, edges in enumerate(heads):
+        own, bounds = 0, [0]
+        for fold in range(NUM_FOLDS):
+            for first in range(edges[fold], edges[fold + 1], TILE_UNITS):
+                tiles.append((head, first, min(TILE_UNITS, edges[fold + 1] - first), own))
+                own += 1
+            bounds.append(own)
+        all_bounds.append(bounds)
+    return tiles, all_bounds
