@@ -7,7 +7,7 @@ backend that does not exist here is an error that lists those that do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,10 +26,12 @@ BACKENDS = ("reference", "torch", "native", "triton")
 class Backend(Protocol):
     """What attention is computed with. Shapes and meanings are those of `composed.Composed`.
 
-    makes_plans: whether it has `plan_dense` and `plan_selected` too (`kernels.backend`).
+    makes_plans: whether it has `plan_dense` and `plan_selected` too (`kernels.backend`); fused: its
+    operators of a layer (`kernels.layer`), None where torch's are used.
     """
 
     makes_plans: bool
+    fused: Any
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
 

@@ -34,6 +34,7 @@ class Composed:
     """Operations of a module, and the steps made of them."""
 
     makes_plans = False
+    fused: Any = None
 
     def __init__(self, operations: ModuleType) -> None:
         self._operations: Any = operations

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from orchestrator.answering import RECALL_PERIOD
 from orchestrator.evaluation.synthetic import NOTICE, synthetic_context
 from orchestrator.model.attention import Attention, make_attention
 from orchestrator.model.decode_graph import DecodeGraph
@@ -69,7 +70,12 @@ def measure_decode(
             num_steady=context.num_steady,
             keys_per_cluster=CentroidParams().keys_per_cluster,
         )
-        plan = AttentionPlan(mode=mode, keys=decision.retrieved_keys or 0, levels=decision.levels)
+        plan = AttentionPlan(
+            mode=mode,
+            keys=decision.retrieved_keys or 0,
+            levels=decision.levels,
+            recall_period=RECALL_PERIOD,
+        )
         recorder = Recorder(context.resident, context.place, recall_period=plan.recall_period)
         attention = make_attention(
             context,

@@ -13,8 +13,9 @@ forward do not depend on the number of ranks. Callers run it under `torch.infere
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,12 +25,13 @@ from collectives import Group, SoloGroup
 from collectives.overlap import Steps, run_steps
 from orchestrator.model.config import ModelConfig, RopeConfig
 from orchestrator.model.layers import (
+    Fused,
     LayerWeights,
     Linear,
     LinearSplit,
     ModelWeights,
+    add_norm,
     gated,
-    residual,
     rms_norm,
 )
 from orchestrator.model.rope import Rotation, inverse_frequencies, rotate, rotation
@@ -48,13 +50,41 @@ Store = Callable[[int, Tensor, Tensor], None]
 """`store(layer_idx, k [T, G, D], v [T, G, D])`: keep keys and values, attend to nothing."""
 
 
+class Stream(NamedTuple):
+    """The stream [T, E] between layers, what is still to be added to it, normed by post_norm."""
+
+    x: Tensor
+    branch: Tensor | None
+    post_norm: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Where the keys and values of the next tokens go: k, v [G, capacity, D], from row at [1]."""
+
+    k: Tensor
+    v: Tensor
+    at: Tensor
+
+
+@runtime_checkable
+class Placing(Protocol):
+    """An attention whose keys and values are written to their place before it is called."""
+
+    def room(self, layer_idx: int) -> Room: ...
+
+    def attend_placed(self, layer_idx: int, q: Tensor) -> Tensor:
+        """As `Attend`, for keys and values that are in their room."""
+        ...
+
+
 class Decoder:
     """A model ready to compute, or one rank's shard of it; holds weights and rotary frequencies,
     and nothing of any call.
 
     linear: how weights are multiplied; linear_split: the same with bits that do not depend on how
     columns are cut over ranks, None for `linear` everywhere; group: all ranks, where `shard` is not
-    the whole model.
+    the whole model; fused: what computes the rest of a layer, None for torch's operators.
     """
 
     def __init__(
@@ -66,8 +96,9 @@ class Decoder:
         linear_split: LinearSplit | None = None,
         shard: ModelShard | None = None,
         group: Group | None = None,
+        fused: Fused | None = None,
     ) -> None:
-        self.cfg = cfg
+        self.cfg, self._fused = cfg, fused
         self.shard = shard or whole_model(cfg)
         self._group = group or SoloGroup()
         assert self._group.size == self.shard.model.size
@@ -102,9 +133,10 @@ class Decoder:
     def forward_steps(self, ids: Tensor, positions: Tensor, attend: Attend) -> Steps[Tensor]:
         """`forward`, giving way wherever it waits for other ranks."""
         x, turns = (yield from self._embed(ids)), self._turns(positions)
-        for layer_idx, layer in enumerate(self.weights.layers):
-            x = yield from self._layer(x, layer_idx, layer, turns[layer_idx], attend, exact=True)
-        return rms_norm(x, self.weights.final_norm, self.cfg.norm_eps)
+        stream = Stream(x, None, None)
+        for layer_idx in range(len(self.weights.layers)):
+            stream = yield from self._layer(stream, layer_idx, turns, attend, exact=True)
+        return self._add(stream, self.weights.final_norm)[1]
 
     def fill(self, ids: Tensor, positions: Tensor, attend: Attend, store: Store) -> None:
         """Run `ids` [T] for the keys and values of every layer alone.
@@ -118,13 +150,12 @@ class Decoder:
     ) -> Steps[None]:
         """`fill`, giving way wherever it waits for other ranks."""
         x, turns = (yield from self._embed(ids)), self._turns(positions)
-        *before, last = enumerate(self.weights.layers)
-        for layer_idx, layer in before:
-            x = yield from self._layer(x, layer_idx, layer, turns[layer_idx], attend, exact=False)
-        layer_idx, layer = last
-        normed = rms_norm(x, layer.attn_norm, self.cfg.norm_eps)
-        _, k, v = self._qkv(normed, layer, turns[layer_idx])
-        store(layer_idx, k, v)
+        stream, last = Stream(x, None, None), len(self.weights.layers) - 1
+        for layer_idx in range(last):
+            stream = yield from self._layer(stream, layer_idx, turns, attend, exact=False)
+        _, normed = self._add(stream, self.weights.layers[last].attn_norm)
+        _, k, v = self._rotated(self._heads(normed, last), last, turns[last])
+        store(last, k, v)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [T, V] float32 for `hidden` [T, E]; pass only the rows that are needed."""
@@ -157,45 +188,70 @@ class Decoder:
 
     def _layer(
         self,
-        x: Tensor,
+        stream: Stream,
         layer_idx: int,
-        layer: LayerWeights,
-        turn: Rotation,
+        turns: list[Rotation],
         attend: Attend,
         *,
         exact: bool,
-    ) -> Steps[Tensor]:
+    ) -> Steps[Stream]:
         """One layer; exact: with bits that do not depend on the number of ranks."""
-        cfg, shard, eps = self.cfg, self.shard, self.cfg.norm_eps
+        shard, layer = self.shard, self.weights.layers[layer_idx]
 
         def columns(pieces: Sequence[int]) -> Linear:
             return partial(self._product, pieces=pieces) if exact else self._linear
 
-        q, k, v = self._qkv(rms_norm(x, layer.attn_norm, eps), layer, turn)
-        attended = attend(layer_idx, q, k, v)
+        x, normed = self._add(stream, layer.attn_norm)
+        attended = self._attend(normed, layer_idx, turns[layer_idx], attend)
         out = attended if isinstance(attended, Tensor) else (yield from attended)
         heads = out.to(self.dtype).reshape(x.shape[0], -1)
         own = columns(shard.model.pieces)(heads, layer.o, layer.o_bias)
         branch = yield from self._gather(own, shard.model)
-        x = residual(x, branch, layer.post_attn_norm, eps)
+        x, normed = self._add(Stream(x, branch, layer.post_attn_norm), layer.mlp_norm)
         both = (*shard.mlp.pieces, *(shard.mlp.width + edge for edge in shard.mlp.pieces[1:]))
-        normed = rms_norm(x, layer.mlp_norm, eps)
-        is_split = exact and self._linear_split is not None
-        own = gated(normed, layer, cfg.activation, columns(both), exact=is_split)
+        own = self._gated(normed, layer, columns(both), exact=exact)
         inner = yield from self._gather(own, shard.mlp)
         own = columns(shard.model.pieces)(inner, layer.down, layer.down_bias)
         branch = yield from self._gather(own, shard.model)
-        return residual(x, branch, layer.post_mlp_norm, eps)
+        return Stream(x, branch, layer.post_mlp_norm)
 
-    def _qkv(self, x: Tensor, layer: LayerWeights, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Project, norm and rotate; queries and keys go through as the heads of one tensor."""
-        cfg, num_heads, num_kv_heads = self.cfg, len(self.shard.heads), len(self.shard.kv_heads)
-        num_rotated = num_heads + num_kv_heads
-        heads = self._linear(x, layer.qkv, layer.qkv_bias)
-        heads = heads.view(-1, num_rotated + num_kv_heads, cfg.head_dim)
+    def _add(self, stream: Stream, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream with its branch, and its norm."""
+        return add_norm(*stream[:2], weight, stream[2], self.cfg.norm_eps, self._fused)
+
+    def _gated(self, normed: Tensor, layer: LayerWeights, linear: Linear, *, exact: bool) -> Tensor:
+        activation = self.cfg.activation
+        if self._fused is None:
+            is_split = exact and self._linear_split is not None
+            return gated(normed, layer, activation, linear, exact=is_split)
+        return self._fused.gate(linear(normed, layer.gate_up, layer.gate_up_bias), activation)
+
+    def _attend(
+        self, normed: Tensor, layer_idx: int, turn: Rotation, attend: Attend
+    ) -> Tensor | Steps[Tensor]:
+        heads, layer = self._heads(normed, layer_idx), self.weights.layers[layer_idx]
+        placing: object = attend
+        if self._fused is None or not isinstance(placing, Placing):
+            return attend(layer_idx, *self._rotated(heads, layer_idx, turn))
+        room, eps = placing.room(layer_idx), self.cfg.norm_eps
+        q = self._fused.rotate_append(heads, *turn, layer.qk_norm, room.k, room.v, room.at, eps=eps)
+        return placing.attend_placed(layer_idx, q)
+
+    def _heads(self, normed: Tensor, layer_idx: int) -> Tensor:
+        """Queries, keys and values [T, H + 2G, D], as they are multiplied."""
+        layer = self.weights.layers[layer_idx]
+        heads = self._linear(normed, layer.qkv, layer.qkv_bias)
+        return heads.view(normed.shape[0], -1, self.cfg.head_dim)
+
+    def _rotated(
+        self, heads: Tensor, layer_idx: int, turn: Rotation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Norm and rotate; queries and keys go through as the heads of one tensor."""
+        num_heads, num_kv_heads = len(self.shard.heads), len(self.shard.kv_heads)
+        num_rotated, qk_norm = num_heads + num_kv_heads, self.weights.layers[layer_idx].qk_norm
         qk = heads[:, :num_rotated]
-        if layer.qk_norm is not None:
-            qk = rms_norm(qk, layer.qk_norm, cfg.norm_eps)
+        if qk_norm is not None:
+            qk = rms_norm(qk, qk_norm, self.cfg.norm_eps)
         qk = rotate(qk, turn)
         return qk[:, :num_heads], qk[:, num_heads:], heads[:, num_rotated:]
 

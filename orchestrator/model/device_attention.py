@@ -18,11 +18,12 @@ from torch import Tensor
 
 from orchestrator.model.attention import count_per_kind
 from orchestrator.model.context import DocumentContext
-from orchestrator.model.device_plans import Plans
+from orchestrator.model.decoder import Room
+from orchestrator.model.device_plans import Plans, Tail
 from orchestrator.model.recorder import Recorder
 from orchestrator.recall import QuerySample
 from orchestrator.steps import AttentionPlan
-from sparse_attn.estimate import bound_of, log_most, recall_of, sample_missed
+from sparse_attn.estimate import bound_of, recall_of
 from sparse_attn.kernels.backend import TritonBackend
 from sparse_attn.kernels.decode import Attended, DenseDecode
 from sparse_attn.kernels.selected import CentroidDecode
@@ -59,7 +60,7 @@ class DeviceAttention:
         bounds = resident.holding.head_bounds
         self._head_bounds = torch.tensor(bounds, dtype=torch.int32, device=resident.device)
         self._queries = QuerySample(period=plan.recall_period, seed=plan.seed)
-        self._generator = torch.Generator().manual_seed(plan.seed)
+        self._generator = torch.Generator(resident.device).manual_seed(plan.seed)
         self._num_past = 0
         # Of the tiles of a forward in one layer: slots of each query and head, opened clusters.
         self._tiles: list[tuple[Tensor, Tensor]] = []
@@ -70,16 +71,27 @@ class DeviceAttention:
 
     def __call__(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention output [T, H, D] in q's dtype, for q [T, H, D] and the new k, v [T, G, D]."""
-        place, q = self._places[layer_idx], q.contiguous()
+        self._tail_of(layer_idx).append(self._places[layer_idx], k, v)
+        return self.attend_placed(layer_idx, q.contiguous())
+
+    def room(self, layer_idx: int) -> Room:
+        """Where the keys and values of the forward's tokens go in a layer."""
+        tail, place = self._tail_of(layer_idx), self._places[layer_idx]
+        return Room(k=tail.k[place], v=tail.v[place], at=tail.at)
+
+    def attend_placed(self, layer_idx: int, q: Tensor) -> Tensor:
+        """As calling it, where keys and values are in their room."""
+        place = self._places[layer_idx]
         if self._windows[layer_idx] is not None:
-            self._sliding.append(place, k, v)
             return self._in_tiles(self._attend_sliding, place, q)
-        self._full.append(place, k, v)
         if q.shape[0] == 1:
             return self._attend_one(place, q)
         out = self._in_tiles(self._attend_tile, place, q)
         self._account(place, q)
         return out
+
+    def _tail_of(self, layer_idx: int) -> Tail:
+        return self._full if self._windows[layer_idx] is None else self._sliding
 
     def advance(self, num_tokens: int) -> None:
         """The forward of num_tokens is over: the next token comes after them."""
@@ -87,7 +99,7 @@ class DeviceAttention:
             self._account_step()
         self._num_past += num_tokens
         for tail in (self._full, self._sliding):
-            tail.visible.add_(num_tokens)
+            tail.at.add_(num_tokens)
 
     def _in_tiles(
         self, attend: Callable[[int, Tensor, int], Tensor], place: int, q: Tensor
@@ -99,7 +111,7 @@ class DeviceAttention:
         """A decode step: evidence is spread here, everything else is told after the forward."""
         plan, visible = self._plans.of(1)
         if place == 0:
-            visible.copy_(self._full.visible)
+            self._full.show(visible, 0)
         attended = plan.run(place, q.unsqueeze(0))
         self._spread(plan, place)
         self._last_q[place].copy_(q)
@@ -107,7 +119,7 @@ class DeviceAttention:
 
     def _attend_tile(self, place: int, q: Tensor, first: int) -> Tensor:
         plan, visible = self._plans.of(q.shape[0])
-        visible.copy_(self._full.visible + first)
+        self._full.show(visible, first)
         out = plan.run(place, q.unsqueeze(0)).out[0].clone()
         if isinstance(plan, CentroidDecode):
             counts = plan.slot_bounds[place, :, 8].view(q.shape[0], -1).clone()
@@ -116,7 +128,7 @@ class DeviceAttention:
 
     def _attend_sliding(self, place: int, q: Tensor, first: int) -> Tensor:
         plan, visible = self._plans.sliding(q.shape[0])
-        visible.copy_(self._sliding.visible + first)
+        self._sliding.show(visible, first)
         return plan.run(place, q.unsqueeze(0)).out[0].clone()
 
     def _spread(self, plan: DenseDecode | CentroidDecode, place: int) -> None:
@@ -176,40 +188,32 @@ class DeviceAttention:
     def _run_one(self, place: int, q: Tensor, t: int) -> Attended:
         """The plan of one query, for query t of a forward that comes next."""
         plan, visible = self._plans.of(1)
-        visible.copy_(self._full.visible + t)
+        self._full.show(visible, t)
         return plan.run(place, q[t : t + 1].unsqueeze(0))
 
     def _sample(self, place: int, q: Tensor, attended: Attended, query: int) -> None:
         plan, _ = self._plans.of(1)
         assert isinstance(plan, CentroidDecode)
-        lse_read = attended.lse_read[0]
-        missed = sample_missed(
-            q,
-            self._context.resident.k[place],
-            plan.tail(place, q),
-            lse_read,
-            scale=self._scale,
-            num_strata=self._plan.num_strata,
-            generator=self._generator,
-        )
+        missed = plan.sample(place, q, num_strata=self._plan.num_strata, generator=self._generator)
         self._recorder.add_recall(
             place,
             [query],
             recall_of(missed.mean, missed.variance),
-            bound_of(missed.log_most, lse_read),
+            bound_of(missed.log_most, attended.lse_read[0]),
         )
 
     def _audit(self, place: int, q: Tensor, t: int) -> None:
         """The true recall of query t, by a dense plan beside the one that was used."""
         dense, visible = self._plans.auditor()
-        visible.copy_(self._full.visible + t)
+        self._full.show(visible, t)
         total = dense.run(place, q[t : t + 1].unsqueeze(0)).lse[0].clone()
         attended, plan = self._run_one(place, q, t), self._plans.of(1)[0]
         assert isinstance(plan, CentroidDecode)
+        query = q[t : t + 1].contiguous()
+        missed = plan.sample(place, query, num_strata=1, generator=self._generator)
         lse_read = attended.lse_read[0]
-        most = log_most(q[t : t + 1], plan.tail(place, q[t : t + 1]), scale=self._scale)
         recall = torch.exp(lse_read - total).clamp_(max=1.0)
-        self._recorder.add_audit(place, recall, bound_of(most, lse_read))
+        self._recorder.add_audit(place, recall, bound_of(missed.log_most, lse_read))
 
     def _tell_exact(self, num_tokens: int) -> None:
         num_body = self._context.num_tokens - self._context.num_steady

@@ -21,20 +21,24 @@ from sparse_attn.select.base import Limit
 class Tail:
     """The keys of one kind of layers that every query reads: kept ones, then the question's.
 
-    k, v: per layer, [G, kept + capacity, D]; num_kept; visible: [1] int64 on the device, how many
-    the next query sees, itself included.
+    k, v: per layer, [G, kept + capacity, D]; num_kept; at: [1] int64 on the device, the row of the
+    next token.
     """
 
     def __init__(self, k: list[Tensor], v: list[Tensor], capacity_tokens: int) -> None:
         self.num_kept = k[0].shape[1] if k else 0
         self.k, self.v = ([_extended(x, capacity_tokens) for x in own] for own in (k, v))
-        self.visible = torch.tensor([self.num_kept + 1], device=k[0].device if k else None)
+        self.at = torch.tensor([self.num_kept], device=k[0].device if k else None)
 
     def append(self, place: int, k: Tensor, v: Tensor) -> None:
-        """Write new k, v [T, G, D] from the next token's place on; moves nothing."""
-        at = self.visible - 1 + torch.arange(k.shape[0], device=k.device)
+        """Write new k, v [T, G, D] from the next token's row on; moves nothing."""
+        at = self.at + torch.arange(k.shape[0], device=k.device)
         self.k[place].index_copy_(1, at, k.transpose(0, 1))
         self.v[place].index_copy_(1, at, v.transpose(0, 1))
+
+    def show(self, visible: Tensor, query: int) -> None:
+        """visible [1]: how many keys a query sees, that many after the next token."""
+        torch.add(self.at, query + 1, out=visible)
 
 
 class Plans:
@@ -82,7 +86,7 @@ class Plans:
             )
             tail = self.sliding_tail
             document = DecodeDocument(runs=runs, k=[], v=[], steady_k=tail.k, steady_v=tail.v)
-            visible = tail.visible.clone()
+            visible = torch.empty_like(tail.at)
             plan = self._backend.plan_dense(
                 self._heads_of(num_queries),
                 document,
@@ -96,7 +100,7 @@ class Plans:
     def auditor(self) -> tuple[DenseDecode, Tensor]:
         """A plan of one query that reads every key."""
         if self._auditor is None:
-            visible = self.full.visible.clone()
+            visible = torch.empty_like(self.full.at)
             plan = self._backend.plan_dense(
                 self._heads_of(1), self._document, visible, scale=self._scale
             )
@@ -116,7 +120,7 @@ class Plans:
     def of(self, num_queries: int) -> tuple[DenseDecode | CentroidDecode, Tensor]:
         """The plan for so many queries, and how many steady keys the first of them sees."""
         if num_queries not in self._made:
-            visible = self.full.visible.clone()
+            visible = torch.empty_like(self.full.at)
             self._made[num_queries] = (self._make_plan(num_queries, visible), visible)
         return self._made[num_queries]
 

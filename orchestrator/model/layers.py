@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,35 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 LinearSplit = Callable[[Tensor, Tensor, Tensor | None, Sequence[int]], Tensor]
 """`linear` in pieces of columns: bits between two bounds depend on no other column."""
+
+
+class Fused(Protocol):
+    """Operators of a layer as one launch each (`sparse_attn.kernels.layer`), for a GPU."""
+
+    def add_rms_norm(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        weight: Tensor,
+        *,
+        eps: float,
+        post_norm: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def gate(self, gate_up: Tensor, activation: Literal["silu", "gelu_tanh"]) -> Tensor: ...
+
+    def rotate_append(
+        self,
+        heads: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        qk_norm: Tensor | None,
+        k_buffer: Tensor,
+        v_buffer: Tensor,
+        at: Tensor,
+        *,
+        eps: float,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,3 +120,18 @@ def gated(
 def residual(x: Tensor, branch: Tensor, post_norm: Tensor | None, eps: float) -> Tensor:
     """Add a branch's output to the stream, normed first where the model does so."""
     return x + (branch if post_norm is None else rms_norm(branch, post_norm, eps))
+
+
+def add_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    post_norm: Tensor | None,
+    eps: float,
+    fused: Fused | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The stream with a branch's output added, and its norm: [T, E] each."""
+    if fused is not None:
+        return fused.add_rms_norm(x, branch, weight, eps=eps, post_norm=post_norm)
+    x = x if branch is None else residual(x, branch, post_norm, eps)
+    return x, rms_norm(x, weight, eps)

@@ -20,7 +20,7 @@ from orchestrator.model.fingerprint import fingerprint_files, fingerprint_parts
 from orchestrator.model.gguf_file import open_gguf
 from orchestrator.model.gguf_weights import load_gguf_weights, read_gguf_config
 from orchestrator.model.hf_weights import find_weight_files, load_hf_weights, read_hf_config
-from orchestrator.model.layers import Linear, LinearSplit, ModelWeights
+from orchestrator.model.layers import Fused, Linear, LinearSplit, ModelWeights
 from orchestrator.model.registry import SHAPE_PREFIX, find_model
 from orchestrator.model.shapes import random_weights, shape_config
 from orchestrator.model.shard import ModelShard, cut_model
@@ -61,6 +61,7 @@ class Loading:
     linear_split: LinearSplit | None = None
     mesh: Mesh = field(default_factory=lambda: Mesh(heads=1, context=1))
     group: Group = field(default_factory=SoloGroup)
+    fused: Fused | None = None
 
     def cut(self, cfg: ModelConfig) -> ModelShard:
         """This rank's shard; raises MeshInvalid where the mesh does not fit the model."""
@@ -75,6 +76,7 @@ class Loading:
             linear_split=self.linear_split,
             shard=self.cut(cfg),
             group=self.group,
+            fused=self.fused,
         )
 
 

@@ -16,9 +16,13 @@ from torch import Tensor
 from sparse_attn import torch_backend
 from sparse_attn.composed import Composed
 from sparse_attn.errors import BackendUnknown
+from sparse_attn.kernels import layer
 from sparse_attn.kernels.decode import DecodeDocument, DenseDecode, Heads
 from sparse_attn.kernels.selected import CentroidDecode
 from sparse_attn.select.base import Limit
+
+# Of every small product: bits of a column must not depend on how many others the caller has.
+_TILE = layer.TILES[32]
 
 
 class TritonBackend(Composed):
@@ -29,11 +33,25 @@ class TritonBackend(Composed):
     def __init__(self) -> None:
         """Raises BackendUnknown where nothing here can run a kernel."""
         super().__init__(torch_backend)
+        # The interpreter has no bfloat16 products; on the CPU torch's operators do these.
+        self.fused = layer if torch.cuda.is_available() else None
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             raise BackendUnknown(
                 "backend 'triton' found no GPU; limit one that torch can use; choose --backend "
                 "native, or set TRITON_INTERPRET=1 to try kernels on the CPU, slowly"
             )
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not _is_small(x, weight):
+            return super().linear(x, weight, bias)
+        return layer.small_linear(x, weight, bias, tile=_TILE)
+
+    def linear_split(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, bounds: Sequence[int]
+    ) -> Tensor:
+        if _is_small(x, weight):  # every column is added up by itself, in a fixed order
+            return self.linear(x, weight, bias)
+        return super().linear_split(x, weight, bias, bounds)
 
     def plan_dense(
         self,
@@ -71,3 +89,9 @@ class TritonBackend(Composed):
             estimates=estimates,
             keeps=keeps,
         )
+
+
+def _is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product is bound by its weights' bytes, which `small_linear` reads once."""
+    is_half = weight.dtype in (torch.bfloat16, torch.float16) and x.dtype == weight.dtype
+    return x.is_cuda and is_half and x.shape[0] <= layer.MAX_ROWS and weight.is_contiguous()

@@ -29,7 +29,8 @@ def log_sum(x, axis: tl.constexpr):
     """log of the sum of exp along an axis; -inf where every number is."""
     high = tl.maximum(tl.max(x, axis), LOWEST)
     total = tl.sum(tl.exp(x - tl.expand_dims(high, axis)), axis)
-    return tl.where(total > 0.0, high + tl.log(total), -float("inf"))
+    is_seen = total > 0.0
+    return tl.where(is_seen, high + tl.log(tl.where(is_seen, total, 1.0)), -float("inf"))
 
 
 @triton.jit

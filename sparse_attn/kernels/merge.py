@@ -131,7 +131,7 @@ def merge_kernel(
     tl.store(fold_lse + place, lse)
     if arrive(arrived + at, 9):
         body, lse = load_tree(fold_out, fold_lse, at, columns, BLOCK)
-        _, read = load_tree(fold_read, fold_read, at, columns, BLOCK)
+        _, read = load_tree(fold_out, fold_read, at, columns, BLOCK)
         steady, steady_lse = load_fold(fold_out, fold_lse, at, 8, columns, BLOCK)
         body, lse = merge_rows(steady, steady_lse, body, lse)
         is_own = column < P * D

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sparse_attn.estimate import Missed
 from sparse_attn.folds import NUM_FOLDS
 from sparse_attn.kernels.decode import (
     Attended,
@@ -31,10 +32,10 @@ from sparse_attn.kernels.read import TILE_SLOTS
 from sparse_attn.kernels.score import TILE_UNITS
 from sparse_attn.kernels.steps import look_kernel, open_kernel, read_kernel
 from sparse_attn.kernels.tables import UnitTables
-from sparse_attn.kernels.tails import tail_of
+from sparse_attn.kernels.tails import sample_unread
 from sparse_attn.kernels.take import MAX_RESIDENT, take_kernel
 from sparse_attn.kernels.worth import QUANTA
-from sparse_attn.select.base import Limit, Tail
+from sparse_attn.select.base import Limit
 from sparse_attn.select.centroid import opening_limit
 
 # Programs that share lists whose lengths are not known before: four a multiprocessor.
@@ -86,6 +87,7 @@ class CentroidDecode:
         ]
         self._allocate(documents, len(layers))
         self._choices = [self._first_choice(i) for i in layers]
+        self._unread: dict[int, list[Tensor]] = {}
         self._seconds = [self._second_choice(i) for i in layers] if self._is_deep else []
 
     def _allocate(self, documents: Sequence[DecodeDocument], num_layers: int) -> None:
@@ -215,17 +217,60 @@ class CentroidDecode:
             self.capacity, P=heads.per_group, BLOCK=_SPREAD, GATHERS=True,
         )  # fmt: skip
 
-    def tail(self, layer: int, q: Tensor) -> Tail:
-        """What the last `run` of this layer left unread, of one query [1, H, D] of one document."""
-        index, closed = self._kept[0].indexes[layer], self._mass.flatten(0, 1)
-        if not self._is_deep:
-            return tail_of(q, index.clusters, closed, scale=self._scale)
-        place = torch.arange(self._packed, device=closed.device)
-        is_beyond = place >= self.packed_bounds[layer, :, 8:]
-        mass = self._packed_mass.masked_fill(is_beyond.unsqueeze(1), -float("inf")).flatten(0, 1)
-        columns = self._members[0].masked_fill(is_beyond, 0).long()
-        opened = tail_of(q, index.clusters, mass, scale=self._scale, columns=columns)
-        return tail_of(q, index.groups, closed, scale=self._scale).join(opened)
+    def sample(
+        self, layer: int, q: Tensor, *, num_strata: int, generator: torch.Generator
+    ) -> Missed:
+        """What the last `run` of this layer missed, of one query [1, H, D] of one document."""
+        if layer not in self._unread:
+            self._unread[layer] = [self._unread_first(layer)]
+            if self._is_deep:
+                self._unread[layer].append(self._unread_opened(layer))
+        return sample_unread(
+            q,
+            self._kept[0].k[layer],
+            self._unread[layer],
+            self._rows.result.lse_read[0],
+            scale=self._scale,
+            num_strata=num_strata,
+            generator=generator,
+        )
+
+    def _unread_first(self, layer: int) -> Tensor:
+        """The units that are looked at first, as `sample_kernel` takes them."""
+        index, first = self._kept[0].indexes[layer], self._first
+        units = index.groups if self._is_deep else index.clusters
+        offset = first.head_at[:-1] * 4
+        mass = self._each(self._mass)
+        return torch.stack(
+            [
+                mass,
+                first.sizes[layer].data_ptr() + offset,
+                first.slots[layer].data_ptr() + offset,
+                self._each(first.counts),
+                torch.full_like(mass, self._width),
+                torch.zeros_like(mass),
+                self._each(units.centroids),
+                self._each(units.radii),
+            ],
+            dim=1,
+        )
+
+    def _unread_opened(self, layer: int) -> Tensor:
+        """The clusters of opened groups, as `sample_kernel` takes them."""
+        units, mass = self._kept[0].indexes[layer].clusters, self._each(self._packed_mass)
+        return torch.stack(
+            [
+                mass,
+                self._each(self._members[1]),
+                self._each(self._members[2]),
+                self._each(self.packed_bounds[layer, :, 8:]),
+                torch.full_like(mass, self._packed),
+                self._each(self._members[0]),
+                self._each(units.centroids),
+                self._each(units.radii),
+            ],
+            dim=1,
+        )
 
     def _look(self, layer: int, q: Tensor) -> None:
         heads, first, rows, steady = self._heads, self._first, self._rows, self._steady[layer]

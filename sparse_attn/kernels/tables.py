@@ -18,12 +18,12 @@ from sparse_attn.select.centroid import CentroidIndex, Units
 class UnitTables:
     """Clusters, or groups of clusters, of every document in every layer.
 
-    Per layer: sizes, firsts [sum of U over all heads] int32, first slots, or of groups the first
-    columns of their clusters; counted, the same: sizes, or the clusters of groups; head_at [B * G +
-    1], where each head's begin. tiles: [n, 4] int32 (`score.score_tile`); tile_bounds, bounds: [B *
-    G, 9] int32, of each head's folds among its tiles and its units; tile_first: [B * G + 1] int32;
-    counts: [B * G] int32, units of a head, padding included; addresses: [B, 6] int64 a layer, what
-    a kernel's `tables` is.
+    Per layer: sizes, slots (first ones) [sum of U over all heads] int32; firsts: slots, or of
+    groups the first columns of their clusters; counted: sizes, or the clusters of groups. head_at
+    [B * G + 1]: where each head's begin in them. tiles: [n, 4] int32 (`score.score_tile`);
+    tile_bounds, bounds: [B * G, 9] int32, of each head's folds among its tiles and its units;
+    tile_first: [B * G + 1] int32; counts: [B * G] int32, units of a head, padding included;
+    addresses: [B, 6] int64 a layer, what a kernel's `tables` is.
     """
 
     def __init__(self, indexes: Sequence[Sequence[CentroidIndex]], *, of_groups: bool) -> None:
@@ -32,12 +32,11 @@ class UnitTables:
         self._kept = units  # tables are held by their addresses
         heads, device = [own[0] for own in units], units[0][0].sizes.device
         self.sizes = _side_by_side([[u.sizes for u in own] for own in units])
-        self.counted = self.sizes
+        self.slots = _side_by_side([[u.starts for u in own] for own in units])
+        self.firsts, self.counted = self.slots, self.sizes
         if of_groups:
             self.firsts = _side_by_side([[i.group_starts for i in own] for own in indexes])
             self.counted = _side_by_side([[i.group_counts for i in own] for own in indexes])
-        else:
-            self.firsts = _side_by_side([[u.starts for u in own] for own in units])
         widths = [u.num_units for u in heads for _ in range(u.sizes.shape[0])]
         self._edges = [0]
         for width in widths:

@@ -1,36 +1,47 @@
-"""What a step left unread, for the sample of its recall: off the hot path, in torch operators."""
+"""The sample of what a step of one query left unread: launches of `sample.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import triton
 from torch import Tensor
 
-from sparse_attn.select.base import Tail
-from sparse_attn.select.centroid import Units
+from sparse_attn.estimate import MAX_LOG_RATIO, UNIFORM_SHARE, Missed
+from sparse_attn.kernels.sample import bound_kernel, sample_kernel
+
+_TILE = 64
 
 
-def tail_of(
-    q: Tensor, units: Units, mass: Tensor, *, scale: float, columns: Tensor | None = None
-) -> Tail:
-    """The tail of units, or of those at columns [G, W], for one query q [1, H, D].
+def sample_unread(
+    q: Tensor,
+    k: Tensor,
+    lists: Sequence[Tensor],
+    lse_read: Tensor,
+    *,
+    scale: float,
+    num_strata: int,
+    generator: torch.Generator,
+) -> Missed:
+    """What one query [1, H, D] missed; lists: tables [G, 8] (`sample.LIST_COLUMNS`); lse_read [1,
+    H].
 
-    mass: [H, U], estimated log mass of each unit, -inf where it was read or does not count.
+    k: [N, D]; generator: of q's device. `estimate.sample_missed` is the definition.
     """
-    num_kv_heads, head_dim = units.sizes.shape[0], q.shape[2]
-
-    def own(table: Tensor) -> Tensor:
-        return table if columns is None else table.gather(1, columns)
-
-    centroids = units.centroids
-    if columns is not None:
-        centroids = centroids.gather(1, columns.unsqueeze(2).expand(-1, -1, head_dim))
-    rows = q.view(num_kv_heads, -1, head_dim).float()
-    linear = torch.bmm(rows, centroids.float().transpose(1, 2)).mul_(scale)
-    linear += own(units.log_sizes).unsqueeze(1)
-    return Tail(
-        log_mass=mass.unsqueeze(0),
-        log_mass_linear=linear.flatten(0, 1).unsqueeze(0),
-        radii=own(units.radii),
-        starts=own(units.starts),
-        sizes=own(units.sizes),
-    )
+    num_problems, (_, num_heads, head_dim) = lists[0].shape[0], q.shape
+    per_group, draws = num_heads // num_problems, 2 * num_strata
+    table = torch.stack(list(lists), dim=1).contiguous()
+    shape = (2, num_heads, draws)
+    uniform = torch.rand(shape, generator=generator, device=q.device)
+    mean, variance, most = torch.empty(3, 1, num_heads, device=q.device)
+    sample_kernel[per_group, num_problems](
+        q, k, table, uniform, lse_read, mean, variance, scale,
+        P=per_group, D=head_dim, NUM_LISTS=len(lists), DRAWS=draws,
+        TILE=_TILE, UNIFORM=UNIFORM_SHARE, MAX_RATIO=MAX_LOG_RATIO,
+    )  # fmt: skip
+    bound_kernel[(num_problems,)](
+        q, table, most, scale, P=per_group, D=head_dim, NUM_LISTS=len(lists), TILE=_TILE,
+        BLOCK_R=max(16, triton.next_power_of_2(per_group)),
+    )  # fmt: skip
+    return Missed(mean, variance, most)

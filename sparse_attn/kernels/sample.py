@@ -1,0 +1,163 @@
+"""What a query missed: a sample of its unread keys, and the radius bound (`estimate.py`).
+
+The same estimator as `estimate.sample_missed`, in two launches. Unread keys stand in two lists of
+units a problem, of those looked at first and of the clusters of opened groups; a unit is drawn by
+its estimated mass, mixed with its size so that no key is out of reach, then a key of it evenly; two
+draws fall in each stratum of the cumulated probability. Off the hot path: a few queries of each
+layer are sampled.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sparse_attn.kernels.common import LOWEST, address, log_add, log_sum, rows_at
+
+# Columns of a list of units: addresses of log masses [P, width], sizes and first slots [n] int32,
+# units, width; and what the bound goes by: addresses of columns [n] int32 in the tables (0 where
+# each is its own), of centroids [U, D] half and radii [U] float32.
+LIST_COLUMNS = 8
+
+
+@triton.jit
+def chances(masses, sizes, log_total, num_keys, UNIFORM: tl.constexpr):
+    """Probability of each unit: by mass, mixed with the share of the unread keys."""
+    is_unread = masses > -float("inf")
+    by_mass = tl.exp(masses - log_total)
+    by_size = sizes.to(tl.float32) / tl.maximum(num_keys, 1).to(tl.float32)
+    return tl.where(is_unread, (1.0 - UNIFORM) * by_mass + UNIFORM * by_size, 0.0)
+
+
+@triton.jit
+def units_of(entry, p, unit, count):
+    """Log mass for head p and size of units of a list."""
+    is_unit = unit < count
+    width = tl.load(entry + 4)
+    at = address(entry, tl.float32) + p * width + unit
+    masses = tl.load(at, mask=is_unit, other=-float("inf"))
+    return masses, tl.load(address(entry + 1, tl.int32) + unit, mask=is_unit, other=0)
+
+
+@triton.jit
+def totals_of(own, p, NUM_LISTS: tl.constexpr, TILE: tl.constexpr, UNIFORM: tl.constexpr):
+    """log mass of a problem's unread units for head p, their keys, and the sum of their chances."""
+    log_total = -float("inf")
+    num_keys = tl.zeros((), tl.int32)
+    for index in range(NUM_LISTS):
+        entry = own + index * 8
+        count = tl.load(address(entry + 3, tl.int32))
+        for start in range(0, count, TILE):
+            masses, sizes = units_of(entry, p, start + tl.arange(0, TILE), count)
+            log_total = log_add(log_total, log_sum(masses, 0))
+            num_keys += tl.sum(tl.where(masses > -float("inf"), sizes, 0), 0)
+    log_total = tl.maximum(log_total, LOWEST)
+    whole = 0.0
+    for index in range(NUM_LISTS):
+        entry = own + index * 8
+        count = tl.load(address(entry + 3, tl.int32))
+        for start in range(0, count, TILE):
+            masses, sizes = units_of(entry, p, start + tl.arange(0, TILE), count)
+            whole += tl.sum(chances(masses, sizes, log_total, num_keys, UNIFORM), 0)
+    return log_total, num_keys, whole
+
+
+@triton.jit
+def sample_kernel(
+    q, keys, lists, uniform, lse_read, mean, variance, scale,
+    P: tl.constexpr, D: tl.constexpr, NUM_LISTS: tl.constexpr,
+    DRAWS: tl.constexpr, TILE: tl.constexpr, UNIFORM: tl.constexpr, MAX_RATIO: tl.constexpr,
+):  # fmt: skip
+    """Mass of the unread keys over lse_read, estimated from DRAWS of them, two a stratum.
+
+    Grid: (P, Z). lists: int64 [Z, NUM_LISTS, 8]; uniform: [2, Z, P, DRAWS]; keys [N, D].
+    Writes mean and variance [Z, P]; zero where no key is unread. Reads each list three
+    times and DRAWS keys.
+    """
+    p = tl.program_id(0)
+    z = tl.program_id(1)
+    own = lists + z * NUM_LISTS * 8
+    log_total, num_keys, whole = totals_of(own, p, NUM_LISTS, TILE, UNIFORM)
+    draw = tl.arange(0, DRAWS)
+    row = z * P + p
+    planes = tl.num_programs(1) * P * DRAWS
+    within = tl.load(uniform + row * DRAWS + draw)
+    inside = tl.load(uniform + planes + row * DRAWS + draw)
+    place = (within + (draw // 2).to(tl.float32)) / (DRAWS // 2) * whole
+    slots = tl.zeros((DRAWS,), tl.int64)
+    weights = tl.zeros((DRAWS,), tl.float32)
+    before = 0.0
+    for index in range(NUM_LISTS):
+        entry = own + index * 8
+        count = tl.load(address(entry + 3, tl.int32))
+        starts_at = address(entry + 2, tl.int32)
+        for start in range(0, count, TILE):
+            unit = start + tl.arange(0, TILE)
+            masses, sizes = units_of(entry, p, unit, count)
+            chance = chances(masses, sizes, log_total, num_keys, UNIFORM)
+            ends = before + tl.cumsum(chance, 0)
+            # Rounding may put the last places at the very end: the last that can be drawn has them.
+            is_here = (chance > 0.0)[None, :] & (place[:, None] >= (ends - chance)[None, :])
+            found = tl.max(tl.where(is_here, unit[None, :], -1), 1)
+            is_found = found >= 0
+            size = tl.load(address(entry + 1, tl.int32) + found, mask=is_found, other=1)
+            first = tl.load(starts_at + found, mask=is_found, other=0)
+            of_unit = tl.where(unit[None, :] == found[:, None], chance[None, :], 0.0)
+            offset = tl.minimum((inside * size.to(tl.float32)).to(tl.int32), size - 1)
+            slots = tl.where(is_found, (first + offset).to(tl.int64), slots)
+            weight = size.to(tl.float32) / tl.maximum(tl.sum(of_unit, 1), 1e-30)
+            weights = tl.where(is_found, weight, weights)
+            before += tl.sum(chance, 0)
+    columns = tl.arange(0, D)
+    x = tl.load(q + row * D + columns).to(tl.float32)
+    k = tl.load(rows_at(keys, slots, D), mask=(weights > 0.0)[:, None], other=0.0)
+    scores = tl.sum(k.to(tl.float32) * x[None, :], 1) * scale
+    ratio = weights * tl.exp(tl.minimum(scores - tl.load(lse_read + row), MAX_RATIO))
+    a, b = tl.split(tl.reshape(ratio, (DRAWS // 2, 2)))
+    tl.store(mean + row, tl.sum(a + b, 0) / DRAWS)
+    tl.store(variance + row, tl.sum((a - b) * (a - b), 0) / (DRAWS * DRAWS))
+
+
+@triton.jit
+def bound_kernel(
+    q, lists, log_most, scale,
+    P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, NUM_LISTS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """log of the greatest mass that the unread keys can have: log n + s (q.c + |q| r), summed.
+
+    Grid: (Z). lists as in `sample_kernel`. Writes log_most [Z, P], -inf where no key is unread.
+    Reads 2 D bytes of each unit.
+    """
+    z = tl.program_id(0)
+    head = tl.arange(0, BLOCK_R)
+    is_head = head < P
+    columns = tl.arange(0, D)[None, :]
+    at = q + (z * P + head)[:, None] * D + columns
+    x = tl.load(at, mask=is_head[:, None], other=0.0).to(tl.float32)
+    reach = tl.sqrt(tl.sum(x * x, 1)) * scale
+    most = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+    for index in range(NUM_LISTS):
+        entry = lists + (z * NUM_LISTS + index) * 8
+        count = tl.load(address(entry + 3, tl.int32))
+        width = tl.load(entry + 4)
+        has_columns = tl.load(entry + 5) != 0
+        for start in range(0, count, TILE):
+            unit = start + tl.arange(0, TILE)
+            is_unit = unit < count
+            named = address(entry + 5, tl.int32) + unit
+            column = tl.load(named, mask=is_unit & has_columns, other=0)
+            column = tl.where(has_columns, column, unit)
+            rows = rows_at(address(entry + 6, tl.float16), column, D)
+            c = tl.load(rows, mask=is_unit[:, None], other=0.0).to(tl.float32)
+            radii = tl.load(address(entry + 7, tl.float32) + column, mask=is_unit, other=0.0)
+            sizes = tl.load(address(entry + 1, tl.int32) + unit, mask=is_unit, other=1)
+            linear = tl.dot(x, tl.trans(c), input_precision="ieee") * scale
+            linear += tl.log(tl.maximum(sizes, 1).to(tl.float32))[None, :]
+            mass_at = address(entry, tl.float32) + head[:, None] * width + unit[None, :]
+            is_own = is_head[:, None] & is_unit[None, :]
+            masses = tl.load(mass_at, mask=is_own, other=-float("inf"))
+            linear += reach[:, None] * radii[None, :]
+            linear = tl.where(masses > -float("inf"), linear, -float("inf"))
+            most = log_add(most, log_sum(linear, 1))
+    tl.store(log_most + z * P + head, most, mask=is_head)

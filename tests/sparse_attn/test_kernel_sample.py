@@ -1,0 +1,90 @@
+"""The sample of the unread keys by kernels: unbiased, its bound that of `estimate.py`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_attn.api import find_backend
+from sparse_attn.estimate import sample_missed
+from sparse_attn.kernels.decode import DecodeDocument, Heads
+from sparse_attn.kernels.selected import CentroidDecode
+from sparse_attn.select.base import Limit
+from tests.sparse_attn.inputs import SCALE, Layer, hold, make_layer
+from tests.sparse_attn.reading import Read
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 6, 2, 16
+
+
+def make_plan(layer: Layer, *, levels: int, keys: int) -> CentroidDecode:
+    heads = Heads(
+        num_documents=1,
+        num_queries=1,
+        num_kv_heads=NUM_KV_HEADS,
+        per_group=NUM_HEADS // NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+    )
+    document = DecodeDocument(
+        runs=layer.runs,
+        k=[layer.k],
+        v=[layer.v],
+        steady_k=[layer.steady_k.contiguous()],
+        steady_v=[layer.steady_v.contiguous()],
+        indexes=[layer.index],
+    )
+    visible = torch.tensor([layer.steady_k.shape[1]])
+    limit = Limit(keys=keys)
+    return CentroidDecode(heads, [document], visible, limit=limit, levels=levels, scale=SCALE)
+
+
+def missed_truly(layer: Layer, q: Tensor, lse_read: Tensor) -> Tensor:
+    """Mass of every key that was not read, as a multiple of what was."""
+    torch_backend = find_backend("torch")
+    body, _ = torch_backend.attend_runs(q, layer.k, layer.v, layer.runs, scale=SCALE, keeps=False)
+    steady = torch_backend.attend(q, layer.steady_k, layer.steady_v, scale=SCALE)
+    return torch.expm1(torch.logaddexp(steady.lse, body.lse) - lse_read)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_the_sample_is_unbiased_and_knows_its_variance(levels: int) -> None:
+    layer = hold(make_layer([96, 33, 65], head_dim=HEAD_DIM, num_kv_heads=NUM_KV_HEADS))
+    q = torch.randn(1, NUM_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(3))
+    plan = make_plan(layer, levels=levels, keys=24)
+    lse_read = plan.run(0, q.unsqueeze(0)).lse_read[0].clone()
+    generator = torch.Generator().manual_seed(0)
+    samples = [plan.sample(0, q, num_strata=32, generator=generator) for _ in range(8)]
+    means = torch.stack([sample.mean for sample in samples])
+    error = torch.stack([sample.variance for sample in samples]).mean(dim=0).div(8).sqrt()
+    truth = missed_truly(layer, q, lse_read)
+    assert ((means.mean(dim=0) - truth).abs() < 4 * error).all()
+    assert (error < 0.2 * truth).all()
+    # As many draws of one seed spread as their own variance says, within a factor.
+    spread = means.std(dim=0).mean() / error.mul(8**0.5).mean()
+    assert 0.5 < float(spread) < 2.0
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_the_bound_is_that_of_the_definition(levels: int) -> None:
+    layer = hold(make_layer([96, 33], head_dim=HEAD_DIM, num_kv_heads=NUM_KV_HEADS))
+    q = torch.randn(1, NUM_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(5))
+    plan = make_plan(layer, levels=levels, keys=24)
+    lse_read = plan.run(0, q.unsqueeze(0)).lse_read[0]
+    generator = torch.Generator().manual_seed(0)
+    ours = plan.sample(0, q, num_strata=2, generator=generator)
+    read = Read(find_backend("torch"), [layer], q, Limit(keys=24), levels=levels).reads[0]
+    theirs = sample_missed(
+        q, layer.k, read.tail, lse_read, scale=SCALE, num_strata=2, generator=generator
+    )
+    torch.testing.assert_close(ours.log_most, theirs.log_most, atol=1e-4, rtol=0)
+
+
+def test_nothing_is_missed_where_everything_was_read() -> None:
+    layer = hold(make_layer([96], head_dim=HEAD_DIM, num_kv_heads=NUM_KV_HEADS))
+    q = torch.randn(1, NUM_HEADS, HEAD_DIM)
+    plan = make_plan(layer, levels=1, keys=1000)
+    plan.run(0, q.unsqueeze(0))
+    missed = plan.sample(0, q, num_strata=2, generator=torch.Generator().manual_seed(0))
+    assert missed.mean.eq(0).all()
+    assert missed.variance.eq(0).all()
+    assert missed.log_most.eq(-float("inf")).all()
