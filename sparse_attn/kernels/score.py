@@ -13,32 +13,52 @@ import triton.language as tl
 from sparse_attn.kernels.common import address, log_add, log_sum, rows_at
 
 TILE_UNITS = 128
+LOW = tl.constexpr(2048.0)  # what the low part of a half is multiplied by
 # Columns of a tile of units: document * G + KV head, first unit, units, index among the head's.
 TILE_COLUMNS = 4
 
 
 @triton.jit
+def split_half(x):
+    """x [R, D] float32 as two halves: the nearest, and 2^11 times what it leaves."""
+    high = x.to(tl.float16)
+    return high, ((x - high.to(tl.float32)) * LOW).to(tl.float16)
+
+
+@triton.jit
 def load_queries(q, q_rows, is_row, scale, D: tl.constexpr):
-    """Rows of q and their squares in half precision, and what to multiply products by: [R] each."""
+    """Rows of q and their squares in half precision, each in two parts, and what to multiply
+    products by: [R].
+    """
     columns = tl.arange(0, D)[None, :]
     x = tl.load(q + q_rows[:, None] * D + columns, mask=is_row[:, None], other=0.0).to(tl.float32)
     greatest = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
     # The power of two above the greatest element.
     power = tl.exp2(tl.floor(tl.log2(greatest)) + 1.0)
     x = x / power[:, None]
-    factor = power * scale
-    return x.to(tl.float16), (x * x).to(tl.float16), factor
+    x_high, x_low = split_half(x)
+    square_high, square_low = split_half(x * x)
+    return x_high, x_low, square_high, square_low, power * scale
 
 
 @triton.jit
-def score_rows(x, squares, factor, centroids, variances, sizes, is_unit):
+def product(table, high, low):
+    """table [N, D] half times rows [R, D] in two parts, [N, R] float32."""
+    rest = tl.dot(table, tl.trans(low), input_precision="ieee")
+    return tl.dot(table, tl.trans(high), input_precision="ieee") + rest * (1.0 / LOW)
+
+
+@triton.jit
+def score_rows(
+    x_high, x_low, square_high, square_low, factor, centroids, variances, sizes, is_unit
+):  # fmt: skip
     """Estimated log mass [N, R] of units [N, D] for query rows: log n + s q.c + m (sigma - m / 2),
     sigma^2 = s^2 sum q_i^2 var_i, m = min(sigma, sqrt(2 log n)).
     """
     log_size = tl.log(tl.maximum(sizes, 1).to(tl.float32))
     critical = tl.sqrt(2.0 * log_size)
-    linear = tl.dot(centroids, tl.trans(x), input_precision="ieee") * factor[None, :]
-    square = tl.dot(variances, tl.trans(squares), input_precision="ieee")
+    linear = product(centroids, x_high, x_low) * factor[None, :]
+    square = product(variances, square_high, square_low)
     sigma = tl.sqrt(tl.maximum(square, 0.0)) * factor[None, :]
     knee = tl.minimum(sigma, critical[:, None])
     mass = log_size[:, None] + linear + knee * (sigma - 0.5 * knee)
@@ -67,7 +87,7 @@ def score_tile(
     is_row = row // P < num_queries
     problem = (document * num_queries + row // P) * G + head % G
     q_rows = problem * P + row % P
-    x, squares, factor = load_queries(q, q_rows, is_row, scale, D)
+    x, x_low, squares, squares_low, factor = load_queries(q, q_rows, is_row, scale, D)
     unit = tl.arange(0, TILE)
     is_unit = unit < count
     at = (head % G) * tl.load(table + 3) + first + unit
@@ -75,7 +95,7 @@ def score_tile(
     c = tl.load(rows_at(address(table, tl.float16), at, D), mask=is_loaded, other=0.0)
     var = tl.load(rows_at(address(table + 1, tl.float16), at, D), mask=is_loaded, other=0.0)
     sizes = tl.load(address(table + 2, tl.int32) + at, mask=is_unit, other=0)
-    mass = score_rows(x, squares, factor, c, var, sizes, is_unit)
+    mass = score_rows(x, x_low, squares, squares_low, factor, c, var, sizes, is_unit)
     where = q_rows[None, :].to(tl.int64) * width + (first + unit)[:, None]
     tl.store(log_mass + where, mass, mask=is_loaded & is_row[None, :])
     tl.store(tile_lse + (problem * num_tiles + place) * P + row % P, log_sum(mass, 0), mask=is_row)
@@ -84,7 +104,8 @@ def score_tile(
 
 @triton.jit
 def score_group(
-    z, group, x, squares, factor, entries, centroids, variances, sizes_at, starts_at,
+    z, group, x, x_low, squares, squares_low, factor, entries, centroids, variances, sizes_at,
+    starts_at,
     log_mass, members, group_lse, num_problems, width, max_opened,
     P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +131,7 @@ def score_group(
         var = tl.load(rows_at(variances, at, D), mask=is_loaded, other=0.0)
         sizes = tl.load(sizes_at + at, mask=is_unit, other=0)
         starts = tl.load(starts_at + at, mask=is_unit, other=0)
-        mass = score_rows(x, squares, factor, c, var, sizes, is_unit)
+        mass = score_rows(x, x_low, squares, squares_low, factor, c, var, sizes, is_unit)
         where = (z * P + row[None, :]).to(tl.int64) * width + (packed + unit)[:, None]
         tl.store(log_mass + where, mass, mask=is_loaded & is_row[None, :])
         member = members + z.to(tl.int64) * width + packed + unit

@@ -33,7 +33,7 @@ from sparse_attn.kernels.score import TILE_UNITS
 from sparse_attn.kernels.steps import look_kernel, open_kernel, read_kernel
 from sparse_attn.kernels.tables import UnitTables
 from sparse_attn.kernels.tails import sample_unread
-from sparse_attn.kernels.take import MAX_RESIDENT, take_kernel
+from sparse_attn.kernels.take import FEW, MAX_RESIDENT, take_kernel
 from sparse_attn.kernels.worth import QUANTA
 from sparse_attn.select.base import Limit
 from sparse_attn.select.centroid import opening_limit
@@ -292,8 +292,9 @@ class CentroidDecode:
             problems, mass, width, self._num_steady, limit.keys or 0,
             int((limit.mass or 0.0) * QUANTA.value), self._scratch, self._before, self.slots,
             self.capacity if expands else self._opened.shape[1],
-            P=heads.per_group, BLOCK_P=triton.next_power_of_2(heads.per_group), BLOCK=block,
-            BY_MASS=limit.mass is not None, EXPAND=expands, num_warps=min(16, max(4, block // 256)),
+            P=heads.per_group, BLOCK_P=triton.next_power_of_2(heads.per_group),
+            FEW=min(block, FEW), BLOCK=block, BY_MASS=limit.mass is not None, EXPAND=expands,
+            num_warps=min(16, max(4, block // 256)),
         )  # fmt: skip
 
     def _open(self, layer: int, q: Tensor) -> None:

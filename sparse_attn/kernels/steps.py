@@ -62,7 +62,7 @@ def open_kernel(
     table = tables + document * 6
     at = g * tl.load(table + 3)
     row = tl.arange(0, BLOCK_R)
-    x, squares, factor = load_queries(q, z * P + row, row < P, scale, D)
+    x, x_low, squares, squares_low, factor = load_queries(q, z * P + row, row < P, scale, D)
     centroids = address(table, tl.float16) + at * D
     variances = address(table + 1, tl.float16) + at * D
     for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
@@ -74,8 +74,9 @@ def open_kernel(
             )  # fmt: skip
         else:
             score_group(
-                z, item - num_tiles, x, squares, factor, opened + z * max_opened * 3, centroids,
-                variances, address(table + 2, tl.int32) + at, address(table + 4, tl.int32) + at,
+                z, item - num_tiles, x, x_low, squares, squares_low, factor,
+                opened + z * max_opened * 3, centroids, variances,
+                address(table + 2, tl.int32) + at, address(table + 4, tl.int32) + at,
                 log_mass, members, group_lse, tl.num_programs(1), width, max_opened,
                 P, D, BLOCK_R, TILE_MEMBERS,
             )  # fmt: skip

@@ -16,6 +16,7 @@ from sparse_attn.kernels.worth import QUANTA, bits_of, quanta_of, scalar, total_
 
 # Units held on the chip at once; more are read again for every step of the search.
 MAX_RESIDENT = 4096
+FEW = 1024  # units up to so many take less time in a smaller block
 
 
 @triton.jit
@@ -254,8 +255,8 @@ def take_chunked(
 @triton.jit
 def take_kernel(
     problems, log_mass, width, num_steady, limit, goal, scratch, before, slots, capacity,
-    P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
-    BY_MASS: tl.constexpr, EXPAND: tl.constexpr,
+    P: tl.constexpr, BLOCK_P: tl.constexpr, FEW: tl.constexpr,
+    BLOCK: tl.constexpr, BY_MASS: tl.constexpr, EXPAND: tl.constexpr,
 ):  # fmt: skip
     """Units of one problem, by falling benefit until `limit` keys or `goal` quanta of mass.
 
@@ -287,6 +288,11 @@ def take_kernel(
             log_mass, width, sizes_at, count, totals, reads, limit, goal,
             scratch + z.to(tl.int64) * width, first_at, counts_at, entries, capacity, before,
             P, BLOCK_P, BLOCK, BY_MASS,
+        )  # fmt: skip
+    elif count <= FEW:
+        at = take_resident(
+            log_mass, width, sizes_at, count, totals, limit, first_at, counts_at, entries, capacity,
+            before, P, BLOCK_P, FEW,
         )  # fmt: skip
     else:
         at = take_resident(

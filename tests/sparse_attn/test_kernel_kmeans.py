@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from sparse_attn.errors import AttentionError, InvalidBudget, ShapeMismatch
 from sparse_attn.kernels import label_runs

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from orchestrator.model import layers, rope
 from orchestrator.model.config import Activation, RopeConfig

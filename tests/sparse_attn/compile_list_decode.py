@@ -1,0 +1,253 @@
+"""The decode kernels as they are launched, for compiling where there is no GPU.
+
+`KERNELS`: (kernel, signature, constexprs, options) of each, the same for NVIDIA and AMD. Pointers
+are multiples of 16 bytes at run time; other numbers are not specialised. Import this where
+TRITON_INTERPRET is not set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from sparse_attn.estimate import MAX_LOG_RATIO, UNIFORM_SHARE
+from sparse_attn.kernels import dense, merge, sample, steps, tails, take
+from sparse_attn.kernels.decode import dense_options
+from sparse_attn.kernels.merge import MERGED_COLUMNS
+from sparse_attn.kernels.read import TILE_SLOTS
+from sparse_attn.kernels.score import TILE_UNITS
+
+Entry = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
+_FLOAT, _INT, _LONG = "*fp32", "*i32", "*i64"
+_KV = {"bf16": tl.bfloat16, "fp16": tl.float16}
+_PARTS = {"part_out": _FLOAT, "part_lse": _FLOAT}
+_HEADS = 8
+
+
+def _counts(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "i32")
+
+
+def _pointers(kind: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(names, kind)
+
+
+def _shape(per_group: int, head_dim: int) -> dict[str, Any]:
+    return {"G": _HEADS, "P": per_group, "D": head_dim}
+
+
+def _rows(per_group: int, num_queries: int = 1) -> int:
+    return min(64, max(16, triton.next_power_of_2(per_group * num_queries)))
+
+
+def _runs(
+    kv: str,
+    head_dim: int,
+    per_group: int,
+    *,
+    num_queries: int = 1,
+    window: int = 0,
+    keeps: bool = False,
+) -> Entry:
+    signature = {
+        "q": f"*{kv}",
+        **_pointers(_LONG, "runs", "visible"),
+        **_PARTS,
+        "scores": _FLOAT,
+        "scale": "fp32",
+        **_counts("num_queries", "num_parts", "num_slots"),
+    }
+    options = dense_options(head_dim)
+    constants = {
+        **_shape(per_group, head_dim),
+        "KV": _KV[kv],
+        "BLOCK_R": _rows(per_group, num_queries),
+        "BLOCK_N": options.pop("BLOCK_N"),
+        "STAGES": options.pop("STAGES"),
+        "WINDOW": window,
+        "KEEPS": keeps,
+    }
+    return dense.attend_runs_kernel, signature, constants, options
+
+
+def _spread(per_group: int, *, gathers: bool) -> Entry:
+    signature = {
+        "scores": _FLOAT,
+        **_pointers(_INT, "slots", "count"),
+        **_pointers(_FLOAT, "lse", "evidence"),
+        **_counts("num_slots"),
+    }
+    constants = {"P": per_group, "BLOCK": 1024, "GATHERS": gathers}
+    return dense.spread_kernel, signature, constants, {}
+
+
+def _look(kv: str, head_dim: int, per_group: int, *, num_queries: int = 1) -> Entry:
+    signature = {
+        "q": f"*{kv}",
+        "runs": _LONG,
+        "num_runs": "i32",
+        "visible": _LONG,
+        "tiles": _INT,
+        "tables": _LONG,
+        **_pointers(_FLOAT, "log_mass", "tile_lse"),
+        **_PARTS,
+        "scale": "fp32",
+        **_counts("num_queries", "num_parts", "width", "num_tiles"),
+    }
+    constants = {
+        **_shape(per_group, head_dim),
+        "KV": _KV[kv],
+        "BLOCK_R": _rows(per_group, num_queries),
+        "BLOCK_N": dense.STEADY_SLOTS,
+        "TILE": TILE_UNITS,
+    }
+    return steps.look_kernel, signature, constants, {"num_warps": 8}
+
+
+def _open(kv: str, head_dim: int, per_group: int) -> Entry:
+    signature = {
+        "q": f"*{kv}",
+        **_pointers(_INT, "tiles", "tile_first"),
+        "group_tables": _LONG,
+        "group_mass": _FLOAT,
+        "tables": _LONG,
+        **_pointers(_INT, "opened", "opened_bounds"),
+        "log_mass": _FLOAT,
+        "members": _INT,
+        "group_lse": _FLOAT,
+        **_PARTS,
+        "scale": "fp32",
+        **_counts("num_queries", "num_parts", "group_width", "width", "max_opened", "base"),
+    }
+    constants = {
+        **_shape(per_group, head_dim),
+        "BLOCK_R": _rows(per_group),
+        "TILE": TILE_UNITS,
+        "TILE_MEMBERS": 32,
+    }
+    return steps.open_kernel, signature, constants, {"num_warps": 4}
+
+
+def _read(
+    kv: str, head_dim: int, per_group: int, *, is_deep: bool = False, keeps: bool = False
+) -> Entry:
+    signature = {
+        "q": f"*{kv}",
+        "documents": _LONG,
+        **_pointers(_INT, "slots", "slot_bounds"),
+        "scores": _FLOAT,
+        **_pointers(_INT, "tiles", "tile_first"),
+        "tables": _LONG,
+        **_pointers(_INT, "members", "packed_bounds"),
+        "log_mass": _FLOAT,
+        **_PARTS,
+        "scale": "fp32",
+        **_counts("num_queries", "num_parts", "capacity", "width"),
+        **_counts("base_read", "base_tiles", "base_members"),
+    }
+    constants = {
+        **_shape(per_group, head_dim),
+        "KV": _KV[kv],
+        "BLOCK_R": _rows(per_group),
+        "BLOCK_N": 64 if head_dim > 128 else 128,
+        "TILE_READ": TILE_SLOTS,
+        "TILE": TILE_UNITS,
+        "IS_DEEP": is_deep,
+        "KEEPS": keeps,
+    }
+    return steps.read_kernel, signature, constants, {"num_warps": 4}
+
+
+def _take(per_group: int, block: int, *, by_mass: bool, expands: bool) -> Entry:
+    signature = {
+        "problems": _LONG,
+        "log_mass": _FLOAT,
+        **_counts("width", "num_steady", "limit"),
+        "goal": "i64",
+        "scratch": _INT,
+        "before": _LONG,
+        "slots": _INT,
+        **_counts("capacity"),
+    }
+    constants = {
+        "P": per_group,
+        "BLOCK_P": triton.next_power_of_2(per_group),
+        "FEW": min(block, take.FEW),
+        "BLOCK": block,
+        "BY_MASS": by_mass,
+        "EXPAND": expands,
+    }
+    options = {"num_warps": min(16, max(4, block // 256))}
+    return take.take_kernel, signature, constants, options
+
+
+def _merge(kv: str, head_dim: int, per_group: int, num_lists: int) -> Entry:
+    signature = {
+        **_PARTS,
+        "lists": _LONG,
+        **_pointers(_FLOAT, "fold_out", "fold_lse", "fold_read"),
+        "arrived": _INT,
+        "out": f"*{kv}",
+        **_pointers(_FLOAT, "lse_all", "lse_read"),
+        **_counts("num_parts", "num_steady", "base_read", "base_tiles", "base_members"),
+    }
+    constants = {
+        "P": per_group,
+        "D": head_dim,
+        "BLOCK": MERGED_COLUMNS,
+        "TILE_READ": 1 if num_lists == 1 else TILE_SLOTS,
+        "TILE_MEMBERS": 1 if num_lists == 1 else TILE_UNITS,
+        "LISTS": num_lists,
+    }
+    return merge.merge_kernel, signature, constants, {"num_warps": 4}
+
+
+def _missed(kv: str, head_dim: int, per_group: int, num_lists: int) -> Iterator[Entry]:
+    shape = {"P": per_group, "D": head_dim, "NUM_LISTS": num_lists, "TILE": tails._TILE}
+    drawn = {
+        **_pointers(f"*{kv}", "q", "keys"),
+        "lists": _LONG,
+        **_pointers(_FLOAT, "uniform", "lse_read", "mean", "variance"),
+        "scale": "fp32",
+    }
+    constants = {"DRAWS": 64, "UNIFORM": UNIFORM_SHARE, "MAX_RATIO": MAX_LOG_RATIO}
+    yield sample.sample_kernel, drawn, {**shape, **constants}, {}
+    bound = {"q": f"*{kv}", "lists": _LONG, "log_most": _FLOAT, "scale": "fp32"}
+    yield sample.bound_kernel, bound, {**shape, "BLOCK_R": _rows(per_group)}, {}
+
+
+def _each() -> Iterator[Entry]:
+    for kv, head_dim, per_group in (
+        *(("bf16", head_dim, per_group) for head_dim in (64, 128, 256) for per_group in (1, 4, 16)),
+        *(("fp16", head_dim, 4) for head_dim in (64, 128, 256)),
+    ):
+        shape = (kv, head_dim, per_group)
+        yield _runs(*shape)
+        yield _look(*shape)
+        yield _open(*shape)
+        yield _read(*shape)
+        yield _read(*shape, is_deep=True)
+        yield _merge(*shape, num_lists=3)
+    for head_dim in (64, 128, 256):
+        yield _runs("bf16", head_dim, 4, num_queries=16)
+        yield _look("bf16", head_dim, 4, num_queries=16)
+        for num_lists in (1, 2):
+            yield from _missed("bf16", head_dim, 4, num_lists)
+    yield _runs("bf16", 128, 4, window=128)
+    yield _runs("bf16", 128, 4, keeps=True)
+    yield _read("bf16", 128, 4, is_deep=True, keeps=True)
+    yield _merge("bf16", 128, 4, num_lists=1)
+    yield _merge("bf16", 128, 4, num_lists=2)
+    for per_group in (1, 4, 7, 16):
+        yield _spread(per_group, gathers=True)
+        yield _spread(per_group, gathers=False)
+        for block in (128, take.MAX_RESIDENT):
+            for by_mass in (False, True):
+                yield _take(per_group, block, by_mass=by_mass, expands=True)
+                yield _take(per_group, block, by_mass=by_mass, expands=False)
+
+
+KERNELS: list[Entry] = list(_each())
