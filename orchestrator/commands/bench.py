@@ -76,5 +76,29 @@ def decode(
     echo_json({"schema": 1, "benchmark": "decode", "results": [t.as_json() for t in timings]})
 
 
+@bench.command()
+@click.option("--tokens", "lengths", type=int, multiple=True, default=(8192, 131072, 1048576))
+@click.option("--budget", "budgets", multiple=True, default=("2048", "2%"), show_default=True)
+@click.option("--levels", type=click.Choice(["1", "2"]), default="2", show_default=True)
+@JSON
+def attention(
+    lengths: tuple[int, ...], budgets: tuple[str, ...], levels: str, as_json: bool
+) -> None:
+    """Decode attention of one layer of the 8B shape on a GPU, beside the best dense peers."""
+    from orchestrator.evaluation.attention_bench import measure_attention
+
+    timings = []
+    for timing in measure_attention(lengths, budgets, levels=int(levels)):
+        timings.append(timing)
+        if not as_json:
+            click.echo(
+                f"{timing.num_tokens:8} {timing.name:14} limit {timing.limit_s * 1e6:8.1f} us  "
+                f"median {timing.median_s * 1e6:8.1f} us  "
+                f"({timing.min_s * 1e6:.1f} to {timing.max_s * 1e6:.1f}), "
+                f"{timing.ratio_to_dense:.2f}x the best dense peer"
+            )
+    echo_json({"schema": 1, "benchmark": "attention", "results": [t.as_json() for t in timings]})
+
+
 def _note(text: str) -> None:
     click.echo(text, err=True)
