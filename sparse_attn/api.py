@@ -26,12 +26,12 @@ BACKENDS = ("reference", "torch", "native", "triton")
 class Backend(Protocol):
     """What attention is computed with. Shapes and meanings are those of `composed.Composed`.
 
-    makes_plans: whether it has `plan_dense` and `plan_selected` too (`kernels.backend`); fused: its
-    operators of a layer (`kernels.layer`), None where torch's are used.
+    makes_plans: whether it has `plan_dense` and `plan_selected` too (`kernels.backend`).
     """
 
     makes_plans: bool
-    fused: Any
+
+    def fused_for(self, dtype: torch.dtype) -> Any: ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
 

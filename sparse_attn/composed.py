@@ -34,10 +34,13 @@ class Composed:
     """Operations of a module, and the steps made of them."""
 
     makes_plans = False
-    fused: Any = None
 
     def __init__(self, operations: ModuleType) -> None:
         self._operations: Any = operations
+
+    def fused_for(self, _: torch.dtype) -> Any:
+        """Operators of a layer for streams of that type, None where torch's are used."""
+        return None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] in x's dtype."""

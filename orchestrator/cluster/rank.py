@@ -57,7 +57,7 @@ def load_worker(config: EngineConfig, group: Group) -> Loaded:
             linear_split=backend.linear_split if config.is_deterministic else None,
             mesh=mesh,
             group=group,
-            fused=backend.fused,
+            fused=backend.fused_for(getattr(torch, config.dtype)),
         ),
     )
     cfg, load_s = model.cfg, time.perf_counter() - began

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +34,15 @@ class TritonBackend(Composed):
     def __init__(self) -> None:
         """Raises BackendUnknown where nothing here can run a kernel."""
         super().__init__(torch_backend)
-        # The interpreter has no bfloat16 products; on the CPU torch's operators do these.
-        self.fused = layer if torch.cuda.is_available() else None
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             raise BackendUnknown(
                 "backend 'triton' found no GPU; limit one that torch can use; choose --backend "
                 "native, or set TRITON_INTERPRET=1 to try kernels on the CPU, slowly"
             )
+
+    def fused_for(self, dtype: torch.dtype) -> Any:
+        """`kernels.layer` on a GPU for half types; float32 is for comparing, and torch's."""
+        return layer if torch.cuda.is_available() and dtype != torch.float32 else None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not _is_small(x, weight):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparse_attn.errors import ShapeMismatch
 from sparse_attn.folds import NUM_FOLDS, Runs
+from sparse_attn.kernels.decode_checks import check_heads, check_keys, check_layer
 from sparse_attn.kernels.dense import (
     FAR_BEFORE,
     RUN_COLUMNS,
@@ -30,8 +31,6 @@ from sparse_attn.kernels.merge import MERGED_COLUMNS, merge_kernel
 from sparse_attn.select.centroid import CentroidIndex
 
 _SPREAD = 1024  # slots of a program of `spread_kernel`
-HEAD_DIMS = (16, 32, 64, 128, 256)
-MAX_GROUP = 16
 KV_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -47,16 +46,7 @@ class Heads:
 
     def __post_init__(self) -> None:
         """Raises ShapeMismatch for what no kernel was made for."""
-        if self.head_dim not in HEAD_DIMS:
-            raise ShapeMismatch(
-                f"head dim {self.head_dim}; limit one of {HEAD_DIMS} for backend triton; "
-                "choose --backend torch"
-            )
-        if not 1 <= self.per_group <= MAX_GROUP:
-            raise ShapeMismatch(
-                f"{self.per_group} query heads a KV head; limit 1 to {MAX_GROUP} for backend "
-                "triton; choose --backend torch"
-            )
+        check_heads(self.head_dim, self.per_group)
 
     @property
     def num_problems(self) -> int:
@@ -114,6 +104,10 @@ class Rows:
             lse=torch.empty(shape, device=device),
             lse_read=torch.empty(shape, device=device),
         )
+
+    def check(self, layer: int, num_layers: int, q: Tensor) -> None:
+        """Raises ShapeMismatch or AttentionError for what a step was not planned for."""
+        check_layer(layer, num_layers, q, self.result.out, self.result.out.shape)
 
     def attend_runs(
         self,
@@ -180,6 +174,7 @@ class DenseDecode:
         windows: Sequence[int] | None = None,
         keeps: bool = False,
     ) -> None:
+        check_documents(heads, documents, visible)
         self._heads, self._visible, self._scale = heads, visible, scale
         self._kept = documents  # the plan holds addresses
         layers, device = range(len(documents[0].steady_k)), visible.device
@@ -212,6 +207,7 @@ class DenseDecode:
 
     def run(self, layer: int, q: Tensor) -> Attended:
         """Attention of q [B, T, H, D]; overwrites what the last call gave."""
+        self._rows.check(layer, len(self._runs), q)
         self._rows.attend_runs(
             q,
             self._runs[layer],
@@ -237,6 +233,23 @@ class DenseDecode:
 def dense_options(head_dim: int) -> dict[str, int]:
     """Tile and pipeline of `attend_runs_kernel`: the best of those measured on an H200."""
     return {"BLOCK_N": 64 if head_dim > 128 else 128, "STAGES": 2, "num_warps": 4}
+
+
+def check_documents(heads: Heads, documents: Sequence[DecodeDocument], visible: Tensor) -> None:
+    """Raises ShapeMismatch or AttentionError for documents that do not fit the plan's heads."""
+    like, dim = documents[0].steady_k[0], heads.head_dim
+    if len(documents) != heads.num_documents or tuple(visible.shape) != (len(documents),):
+        raise ShapeMismatch(
+            f"{len(documents)} documents, visible {tuple(visible.shape)}; limit "
+            f"{heads.num_documents} of both; plan for what is there"
+        )
+    for document in documents:
+        for name, keys in (("k", document.k), ("v", document.v)):
+            for x in keys:
+                check_keys(name, x, like, (document.k[0].shape[0], dim))
+        for name, keys in (("steady_k", document.steady_k), ("steady_v", document.steady_v)):
+            for x in keys:
+                check_keys(name, x, like, (heads.num_kv_heads, None, dim))
 
 
 def count_steady(documents: Sequence[DecodeDocument]) -> int:

@@ -23,6 +23,7 @@ from sparse_attn.kernels.decode import (
     Rows,
     addresses_of_heads,
     addresses_of_rows,
+    check_documents,
     count_steady,
     runs_of,
     steady_pieces,
@@ -65,6 +66,7 @@ class CentroidDecode:
         estimates: bool = True,
         keeps: bool = False,
     ) -> None:
+        check_documents(heads, documents, visible)
         self._heads, self._visible, self._scale = heads, visible, scale
         self._limit, self._is_deep = limit, levels == 2
         self._estimates, self._keeps = estimates, keeps
@@ -188,6 +190,7 @@ class CentroidDecode:
 
     def run(self, layer: int, q: Tensor) -> Attended:
         """Attention of q [B, T, H, D]; overwrites what the last call gave."""
+        self._rows.check(layer, len(self._choices), q)
         self._look(layer, q)
         if self._is_deep:
             self._take(self._choices[layer], self._mass, opening_limit(self._limit), expands=False)

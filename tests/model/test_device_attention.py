@@ -19,9 +19,7 @@ from orchestrator.model.hf_config import config_from_hf
 from orchestrator.model.recorder import Recorder
 from orchestrator.steps import AttentionPlan
 from sparse_attn.api import find_backend
-from sparse_attn.errors import ShapeMismatch
 from sparse_attn.kernels import selected
-from sparse_attn.kernels.decode import Heads
 from tests.model.tiny import CASES
 from tests.sparse_attn.decoding import reduce_by_halves
 
@@ -133,15 +131,3 @@ def test_two_levels_cover_every_key(context: DocumentContext) -> None:
     assert abs(recall.mass_mean - recall.audit.mass_mean) < 0.05
     window, _ = ask(context, "torch", AttentionPlan(mode="window", keys=0))
     assert (ours - exact).norm() < 0.5 * (window - exact).norm()
-
-
-def test_shapes_without_a_kernel_are_named() -> None:
-    for head_dim, per_group, said in ((8, 1, "head dim 8"), (64, 17, "17 query heads")):
-        with pytest.raises(ShapeMismatch, match=said):
-            Heads(
-                num_documents=1,
-                num_queries=1,
-                num_kv_heads=2,
-                per_group=per_group,
-                head_dim=head_dim,
-            )
