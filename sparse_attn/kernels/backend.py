@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from sparse_attn.composed import Composed
 from sparse_attn.errors import BackendUnknown
 from sparse_attn.kernels import layer
 from sparse_attn.kernels.decode import DecodeDocument, DenseDecode, Heads
-from sparse_attn.kernels.selected import CentroidDecode
+from sparse_attn.kernels.selected import CentroidDecode, Tables, make_tables
 from sparse_attn.select.base import Limit
+from sparse_attn.select.centroid import Units
 
 # Of every small product: bits of a column must not depend on how many others the caller has.
 _TILE = layer.TILES[32]
@@ -34,6 +36,7 @@ class TritonBackend(Composed):
     def __init__(self) -> None:
         """Raises BackendUnknown where nothing here can run a kernel."""
         super().__init__(torch_backend)
+        self._tables: WeakKeyDictionary[Units, Tables] = WeakKeyDictionary()
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             raise BackendUnknown(
                 "backend 'triton' found no GPU; limit one that torch can use; choose --backend "
@@ -81,7 +84,12 @@ class TritonBackend(Composed):
         estimates: bool,
         keeps: bool = False,
     ) -> CentroidDecode:
-        """A plan that reads what its limit allows; see `selected.CentroidDecode`."""
+        """A plan that reads what its limit allows; see `selected.CentroidDecode`. Plans of one
+        document share its tables.
+        """
+        of_document = document.indexes[0].clusters
+        if of_document not in self._tables:
+            self._tables[of_document] = make_tables([document])
         return CentroidDecode(
             heads,
             [document],
@@ -91,6 +99,7 @@ class TritonBackend(Composed):
             scale=scale,
             estimates=estimates,
             keeps=keeps,
+            tables=self._tables[of_document],
         )
 
 

@@ -43,15 +43,23 @@ from sparse_attn.select.centroid import opening_limit
 _PROGRAMS = 528
 _SPREAD = 1024  # slots of a program of `spread_kernel`
 
+Tables = tuple[UnitTables, UnitTables]
+
+
+def make_tables(documents: Sequence[DecodeDocument]) -> Tables:
+    """Tables of clusters and of groups, which plans of the same documents may share."""
+    indexes = [document.indexes for document in documents]
+    return UnitTables(indexes, of_groups=False), UnitTables(indexes, of_groups=True)
+
 
 class CentroidDecode:
     """Attention over the clusters that a limit lets each query have, everything else estimated.
 
     visible: as in `DenseDecode`; levels: of the look-up; estimates: whether the rest counts in
-    `Attended.out`; keeps: whether scores of what was read are wanted. After `run`: slots [Z,
-    capacity] int32, what each problem read, cut by slot_bounds [layer, Z, 9] (the last is their
-    number), as packed_bounds [layer, Z, 9] cuts the clusters of opened groups; and scores [Z, P,
-    capacity] float32 if kept.
+    `Attended.out`; keeps: whether scores of what was read are wanted; tables: of these documents,
+    where they were made before. After `run`: slots [Z, capacity] int32, what each problem read, cut
+    by slot_bounds [layer, Z, 9] (the last is their number), as packed_bounds [layer, Z, 9] cuts the
+    clusters of opened groups; and scores [Z, P, capacity] float32 if kept.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class CentroidDecode:
         scale: float,
         estimates: bool = True,
         keeps: bool = False,
+        tables: Tables | None = None,
     ) -> None:
         check_documents(heads, documents, visible)
         self._heads, self._visible, self._scale = heads, visible, scale
@@ -72,9 +81,8 @@ class CentroidDecode:
         self._estimates, self._keeps = estimates, keeps
         self._kept = documents  # the plan holds addresses
         layers, device = range(len(documents[0].k)), visible.device
-        indexes = [document.indexes for document in documents]
-        self._clusters = UnitTables(indexes, of_groups=False)
-        self._first = UnitTables(indexes, of_groups=True) if self._is_deep else self._clusters
+        self._clusters, groups = tables or make_tables(documents)
+        self._first = groups if self._is_deep else self._clusters
         self._num_steady = count_steady(documents)
         steady = steady_pieces(documents)
         self._steady = [
@@ -114,7 +122,8 @@ class CentroidDecode:
         self._packed = _least(self._clusters.max_units, opening.keys) if self._is_deep else 1
         self._members, self._packed_mass = ints(3, z, self._packed), floats(z, p, self._packed)
         num_opened = first.max_units if self._is_deep else 1
-        self._opened, self._entries = ints(z, num_opened, 3), ints(z, self.capacity, 3)
+        self._opened = ints(z, num_opened, 3)
+        self._entries = ints(z, min(self.capacity, max(1, self._clusters.max_units)), 3)
         self._opened_bounds, self.packed_bounds = ints(z, 9), ints(num_layers, z, 9)
         self._entry_bounds = ints(z, 9)
         self._group_lse, self._nothing = floats(z, num_opened, p), ints(9)

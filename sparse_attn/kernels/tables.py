@@ -29,7 +29,6 @@ class UnitTables:
     def __init__(self, indexes: Sequence[Sequence[CentroidIndex]], *, of_groups: bool) -> None:
         """indexes: [document][layer]; columns are the same in every layer of a document."""
         units = [[i.groups if of_groups else i.clusters for i in own] for own in indexes]
-        self._kept = units  # tables are held by their addresses
         heads, device = [own[0] for own in units], units[0][0].sizes.device
         self.sizes = _side_by_side([[u.sizes for u in own] for own in units])
         self.slots = _side_by_side([[u.starts for u in own] for own in units])
