@@ -42,9 +42,9 @@ def load_worker(config: EngineConfig, group: Group) -> Loaded:
 
     Raises UsageError for a device that is not there, a ModelError, MeshInvalid.
     """
-    backend = find_backend(config.backend)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device 'cuda' was asked for; this process sees 0 GPUs; use --device cpu")
+    backend = find_backend(config.backend)
     torch.set_num_threads(config.threads)
     mesh = parse_mesh(config.mesh)
     began = time.perf_counter()

@@ -136,21 +136,23 @@ class Rows:
 
     def merge(
         self,
-        lists: Tensor,
+        bounds: tuple[Tensor, Tensor, Tensor],
         *,
         num_steady: int,
-        bases: tuple[int, int, int] | None = None,
+        bases: tuple[int, int, int],
         tiles: tuple[int, int] = (1, 1),
         num_lists: int = 1,
+        reads_all: bool = False,
     ) -> Attended:
         """Merge parts by the bounds of their lists (`merge.merge_kernel`)."""
         heads, result = self.heads, self.result
         merge_kernel[NUM_FOLDS + 1, self._blocks, heads.num_problems](
-            self.out, self.lse, lists, *self._folds, self._arrived,
-            result.out, result.lse, result.lse_read, self.num_parts,
-            num_steady, *(bases or (num_steady,) * 3),
-            P=heads.per_group, D=heads.head_dim, BLOCK=MERGED_COLUMNS, TILE_READ=tiles[0],
-            TILE_MEMBERS=tiles[1], LISTS=num_lists, num_warps=4,
+            self.out, self.lse, *bounds, *self._folds, self._arrived,
+            result.out, result.lse, result.lse_read, heads.num_queries, self.num_parts,
+            num_steady, *bases,
+            G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, BLOCK=MERGED_COLUMNS,
+            TILE_READ=tiles[0], TILE_MEMBERS=tiles[1], LISTS=num_lists, READS_ALL=reads_all,
+            num_warps=4,
         )  # fmt: skip
         return result
 
@@ -192,8 +194,8 @@ class DenseDecode:
         ]
         like = documents[0].steady_k[0]
         self._rows = Rows(heads, self._num_steady + int(self._bounds[:, -1].max()), like)
-        own = addresses_of_heads(heads, self._bounds)
-        self._lists = torch.stack([own] * 3, dim=1)
+        # Of the lists that a plan of this kind does not have.
+        self._nothing = torch.zeros(heads.num_problems, 9, dtype=torch.int32, device=device)
         self.scores: Tensor | None = None
         if keeps:
             num_slots = documents[0].k[0].shape[0]
@@ -216,7 +218,12 @@ class DenseDecode:
             window=self._windows[layer],
             scores=self.scores,
         )
-        return self._rows.merge(self._lists, num_steady=self._num_steady)
+        return self._rows.merge(
+            (self._bounds, self._nothing, self._nothing),
+            num_steady=self._num_steady,
+            bases=(self._num_steady,) * 3,
+            reads_all=True,
+        )
 
     def spread(self, layer: int, evidence: Tensor, head_bounds: Tensor) -> None:
         """evidence [N] gains each slot's share of all that was read by the last `run`, summed over

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.common import LOWEST, address, arrive, log_add, pick, tiles_of_folds
+from sparse_attn.kernels.common import LOWEST, arrive, log_add, pick, tiles_of_folds
 
 MERGED_AT_ONCE = tl.constexpr(8)
 MERGED_COLUMNS = 512  # of a program
@@ -92,23 +92,27 @@ def load_tree(fold_out, fold_lse, at, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def merge_kernel(
-    part_out, part_lse, lists, fold_out, fold_lse, fold_read, arrived, out, lse_all, lse_read,
-    num_parts, num_steady, base_read, base_tiles, base_members,
-    P: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE_READ: tl.constexpr,
-    TILE_MEMBERS: tl.constexpr, LISTS: tl.constexpr,
+    part_out, part_lse, bounds_read, bounds_tiles, bounds_members, fold_out, fold_lse, fold_read,
+    arrived, out, lse_all, lse_read,
+    num_queries, num_parts, num_steady, base_read, base_tiles, base_members,
+    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    TILE_READ: tl.constexpr, TILE_MEMBERS: tl.constexpr, LISTS: tl.constexpr,
+    READS_ALL: tl.constexpr,
 ):  # fmt: skip
     """Everything that a problem attended to, as one part.
 
     Grid: (8 folds and the steady parts, blocks of columns, Z). Each program merges one fold, what
     was read and then the rest; the last of the 9 to come merges them. part_out [Z, num_parts, P,
-    D], part_lse [Z, num_parts, P]: the steady parts, and from each base on those of a list. lists:
-    int64 [Z, 3], addresses of 9 bounds: of what was read, of tiles of units (in parts) and of
-    packed members, of which the first LISTS count. fold_out, fold_lse, fold_read [Z, blocks, 9,
-    BLOCK] and arrived [Z, blocks] are scratch. Writes out [Z * P, D], lse_all and lse_read (of what
-    was read alone, steady included) [Z * P]. Reads each part once.
+    D], part_lse [Z, num_parts, P]: the steady parts, and from each base on those of a list. Bounds
+    of the lists, 9 a row, of which the first LISTS count: of what was read [Z] (in tiles of
+    TILE_READ; where READS_ALL, [heads] and in parts), of tiles of units [heads] and of packed
+    members [Z]. fold_out, fold_lse, fold_read [Z, blocks, 9, BLOCK] and arrived [Z, blocks] are
+    scratch. Writes out [Z * P, D], lse_all and lse_read (of what was read alone, steady included)
+    [Z * P]. Reads each part once.
     """
     fold = tl.program_id(0)
     z = tl.program_id(2)
+    head = z // (G * num_queries) * G + z % G
     at = z * tl.num_programs(1) + tl.program_id(1)
     columns = tl.arange(0, BLOCK)
     column = tl.program_id(1) * BLOCK + columns
@@ -117,13 +121,18 @@ def merge_kernel(
     lse_at = part_lse + z.to(tl.int64) * num_parts * P
     own = tl.zeros((BLOCK,), tl.float32)
     lse = tl.full((BLOCK,), -float("inf"), tl.float32)
+    # All bounds are asked for before any part is: one wait instead of three.
+    bound = tl.minimum(fold, 7)
+    row = head if READS_ALL else z
+    read_from, read_to = parts_of_fold(bounds_read + row * 9, bound, base_read, TILE_READ)
+    tiles_from, tiles_to = parts_of_fold(bounds_tiles + head * 9, bound, base_tiles, 1)
+    rest_from, rest_to = parts_of_fold(bounds_members + z * 9, bound, base_members, TILE_MEMBERS)
     for index in range(LISTS):
-        first = 0
-        last = tl.where(index == 0, num_steady, 0)
-        if fold < 8:
-            base = tl.where(index == 0, base_read, tl.where(index == 1, base_tiles, base_members))
-            tile = tl.where(index == 0, TILE_READ, tl.where(index == 1, 1, TILE_MEMBERS))
-            first, last = parts_of_fold(address(lists + z * 3 + index, tl.int32), fold, base, tile)
+        first = tl.where(index == 0, read_from, tl.where(index == 1, tiles_from, rest_from))
+        last = tl.where(index == 0, read_to, tl.where(index == 1, tiles_to, rest_to))
+        if fold == 8:
+            first = 0
+            last = tl.where(index == 0, num_steady, 0)
         own, lse = merge_range(out_at, lse_at, first, last, own, lse, column, P, D)
         if index == 0:
             tl.store(fold_read + place, lse)
@@ -137,7 +146,7 @@ def merge_kernel(
         is_own = column < P * D
         out_row = out + z.to(tl.int64) * P * D
         tl.store(out_row + column, body.to(out.dtype.element_ty), mask=is_own)
-        row = z * P + column // D
+        rows = z * P + column // D
         is_first = is_own & (column % D == 0)
-        tl.store(lse_all + row, lse, mask=is_first)
-        tl.store(lse_read + row, log_add(steady_lse, read), mask=is_first)
+        tl.store(lse_all + rows, lse, mask=is_first)
+        tl.store(lse_read + rows, log_add(steady_lse, read), mask=is_first)

@@ -136,17 +136,6 @@ class CentroidDecode:
         self._bases = (self._num_steady, tiles, members)
         num_members = self._packed // TILE_UNITS + NUM_FOLDS if self._is_deep else 0
         self._rows = Rows(self._heads, members + num_members, like)
-        self._lists = [
-            torch.stack(
-                [
-                    self._each(slots),
-                    addresses_of_heads(self._heads, first.tile_bounds),
-                    self._each(packed),
-                ],
-                dim=1,
-            )
-            for slots, packed in zip(self.slot_bounds, self.packed_bounds, strict=True)
-        ]
 
     def _first_choice(self, layer: int) -> Tensor:
         """The problems of `take_kernel` over the units that are looked at first."""
@@ -212,7 +201,7 @@ class CentroidDecode:
         if self._estimates:
             num_lists = 3 if self._is_deep else 2
         return self._rows.merge(
-            self._lists[layer],
+            (self.slot_bounds[layer], self._first.tile_bounds, self.packed_bounds[layer]),
             num_steady=self._num_steady,
             bases=self._bases,
             tiles=(TILE_SLOTS, TILE_UNITS),

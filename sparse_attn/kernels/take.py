@@ -305,4 +305,4 @@ def take_kernel(
     )
     if EXPAND:
         own = slots + z.to(tl.int64) * capacity
-        expand(own, capacity, entries, (at >> 32).to(tl.int32), 128)
+        expand(own, capacity, entries, (at >> 32).to(tl.int32), 512)

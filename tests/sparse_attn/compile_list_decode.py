@@ -187,20 +187,24 @@ def _take(per_group: int, block: int, *, by_mass: bool, expands: bool) -> Entry:
 def _merge(kv: str, head_dim: int, per_group: int, num_lists: int) -> Entry:
     signature = {
         **_PARTS,
-        "lists": _LONG,
+        **_pointers(_INT, "bounds_read", "bounds_tiles", "bounds_members"),
         **_pointers(_FLOAT, "fold_out", "fold_lse", "fold_read"),
         "arrived": _INT,
         "out": f"*{kv}",
         **_pointers(_FLOAT, "lse_all", "lse_read"),
-        **_counts("num_parts", "num_steady", "base_read", "base_tiles", "base_members"),
+        **_counts(
+            "num_queries", "num_parts", "num_steady", "base_read", "base_tiles", "base_members"
+        ),
     }
     constants = {
+        "G": 8,
         "P": per_group,
         "D": head_dim,
         "BLOCK": MERGED_COLUMNS,
         "TILE_READ": 1 if num_lists == 1 else TILE_SLOTS,
         "TILE_MEMBERS": 1 if num_lists == 1 else TILE_UNITS,
         "LISTS": num_lists,
+        "READS_ALL": num_lists == 1,
     }
     return merge.merge_kernel, signature, constants, {"num_warps": 4}
 
