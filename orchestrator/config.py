@@ -84,7 +84,7 @@ def resolve(
         store=Path(store) if store is not None else default_store(),
         device=device,
         dtype=dtype,
-        backend=backend or ("native" if device == "cpu" else "triton"),
+        backend=backend or _default_backend(device, mesh),
         threads=threads or max(1, _cores() // num_ranks(mesh)),
         mesh=mesh,
         executor=chosen,
@@ -149,6 +149,13 @@ def _choose_mesh(asked: str, executor: str, environ: Mapping[str, str]) -> str:
             f"the command with longspan launch --nproc {ranks}"
         )
     return mesh
+
+
+def _default_backend(device: str, mesh: str) -> str:
+    """Kernels on one GPU; over several ranks the operators that compute the bits of one rank."""
+    if device == "cpu":
+        return "native"
+    return "triton" if num_ranks(mesh) == 1 else "torch"
 
 
 def _cores() -> int:

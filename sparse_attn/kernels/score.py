@@ -14,8 +14,6 @@ from sparse_attn.kernels.common import address, log_add, log_sum, rows_at
 
 TILE_UNITS = 128
 LOW = tl.constexpr(2048.0)  # what the low part of a half is multiplied by
-# Columns of a tile of units: document * G + KV head, first unit, units, index among the head's.
-TILE_COLUMNS = 4
 
 
 @triton.jit
@@ -70,12 +68,12 @@ def score_tile(
     q, tile, tables, log_mass, tile_lse, scale, num_queries, width, num_tiles, block,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one tile of units for a block of rows (query, head of the group), and their sum;
-    returns the tile's head.
+    """Scores of one tile of units for a block of rows (query, head of the group), and their sum.
 
-    tables: int64 [documents, 6], addresses of centroids, variances [G, U, D] half, sizes [G, U]
-    int32, then U, and addresses of first slots [G, U] int32 and value sums [G, U, D] half. Writes
-    log_mass [Z, P, width] and tile_lse [Z, num_tiles, P]. Reads 4 D bytes of each unit.
+    tile: int32 [4], document * G + KV head, first unit, units, index among the head's; tables:
+    int64 [documents, 6], addresses of centroids, variances [G, U, D] half, sizes [G, U] int32, then
+    U, and addresses of first slots [G, U] int32 and value sums [G, U, D] half. Writes log_mass [Z,
+    P, width] and tile_lse [Z, num_tiles, P]. Reads 4 D bytes of each unit.
     """
     head = tl.load(tile)
     first = tl.load(tile + 1)
@@ -99,7 +97,6 @@ def score_tile(
     where = q_rows[None, :].to(tl.int64) * width + (first + unit)[:, None]
     tl.store(log_mass + where, mass, mask=is_loaded & is_row[None, :])
     tl.store(tile_lse + (problem * num_tiles + place) * P + row % P, log_sum(mass, 0), mask=is_row)
-    return head
 
 
 @triton.jit
