@@ -85,6 +85,7 @@ class Session:
             num_tokens=context.num_tokens,
             num_steady=context.num_sinks + context.num_window,
             keys_per_cluster=int(params.selector.get("keys_per_cluster", 0)),
+            device=model.decoder.device.type,
         )
         self.question_ids = question.ids
         self._check_room(num_answer_tokens)

@@ -15,9 +15,10 @@ from orchestrator.errors import UsageError
 from orchestrator.types import MODES, AskOptions, SelectionReport
 
 DEFAULT_BUDGET_SHARE = 0.125
-# Below this many document keys `auto` reads them all: measured with `longspan bench amortised`, a
-# decode step of `centroid` is not faster than `exact` there (docs/log.md).
-EXACT_BELOW_KEYS = 8192
+# Below this many document keys `auto` reads them all: a decode step of `centroid` is not faster than
+# `exact` there, by `longspan bench amortised` on CPUs and `longspan bench decode` on an H200
+# (docs/log.md, docs/kernels.md).
+EXACT_BELOW_KEYS = {"cpu": 8192, "cuda": 131_072}
 # Above this many clusters per KV head the look-up goes through groups first.
 TWO_LEVEL_ABOVE_CLUSTERS = 8192
 
@@ -34,10 +35,15 @@ class Decision:
 
 
 def decide(
-    options: AskOptions, *, num_tokens: int, num_steady: int, keys_per_cluster: int
+    options: AskOptions,
+    *,
+    num_tokens: int,
+    num_steady: int,
+    keys_per_cluster: int,
+    device: str = "cpu",
 ) -> Decision:
     """Resolve a question's options for a document of num_tokens keys, num_steady of them always
-    read.
+    read, on a device of that type.
 
     Raises UsageError for an unknown mode, a budget or mass outside its range, or both at once, and
     for a mode that needs clusters where there are none (keys_per_cluster 0).
@@ -45,7 +51,7 @@ def decide(
     check_request(options)
     budget_keys = None if options.budget is None else parse_budget(options.budget, num_tokens)
     mass = None if options.mass is None else _check_mass(options.mass)
-    mode, reason = _choose_mode(options, num_tokens, budget_keys, mass)
+    mode, reason = _choose_mode(options, num_tokens, budget_keys, mass, device)
     if not keys_per_cluster and mode in ("centroid", "window"):
         if options.mode == mode:
             raise UsageError(
@@ -165,7 +171,11 @@ def _check_mass(mass: float) -> float:
 
 
 def _choose_mode(
-    options: AskOptions, num_tokens: int, budget_keys: int | None, mass: float | None
+    options: AskOptions,
+    num_tokens: int,
+    budget_keys: int | None,
+    mass: float | None,
+    device: str,
 ) -> tuple[str, str]:
     if options.mode != "auto":
         return options.mode, "asked for"
@@ -173,11 +183,11 @@ def _choose_mode(
         return "exact", f"the budget covers all {num_tokens} keys"
     if budget_keys is not None:
         return "centroid", f"a budget of {budget_keys} of {num_tokens} keys needs a selection"
-    if num_tokens < EXACT_BELOW_KEYS:
-        reason = f"{num_tokens} keys are fewer than {EXACT_BELOW_KEYS}: reading all is as fast"
-        return "exact", reason
+    enough = EXACT_BELOW_KEYS[device]
+    if num_tokens < enough:
+        return "exact", f"{num_tokens} keys are fewer than {enough}: reading all is as fast"
     limit = "the default budget" if mass is None else f"mass {mass}"
-    return "centroid", f"{num_tokens} keys are at least {EXACT_BELOW_KEYS}: selection by {limit}"
+    return "centroid", f"{num_tokens} keys are at least {enough}: selection by {limit}"
 
 
 def _choose_levels(options: AskOptions, num_tokens: int, keys_per_cluster: int) -> int:

@@ -13,20 +13,23 @@ from orchestrator.types import AskOptions
 STEADY = 68
 
 
-def decision(num_tokens: int, *, keys_per_cluster: int = 8, **options: Any) -> Decision:
+def decision(
+    num_tokens: int, *, keys_per_cluster: int = 8, device: str = "cpu", **options: Any
+) -> Decision:
     return decide(
         AskOptions(**options),
         num_tokens=num_tokens,
         num_steady=STEADY,
         keys_per_cluster=keys_per_cluster,
+        device=device,
     )
 
 
 @pytest.mark.parametrize(
     ("num_tokens", "options", "mode"),
     [
-        (EXACT_BELOW_KEYS - 1, {}, "exact"),
-        (EXACT_BELOW_KEYS, {}, "centroid"),
+        (EXACT_BELOW_KEYS["cpu"] - 1, {}, "exact"),
+        (EXACT_BELOW_KEYS["cpu"], {}, "centroid"),
         (1000, {"budget": "12.5%"}, "centroid"),
         (1000, {"budget": 1000}, "exact"),
         (1000, {"mass": 0.9}, "exact"),
@@ -40,6 +43,14 @@ def test_auto_reads_everything_where_that_is_as_fast_and_allowed(
     assert decided.mode == mode
     assert decided.report.requested == "auto"
     assert decided.report.reason
+
+
+@pytest.mark.parametrize("device", EXACT_BELOW_KEYS)
+def test_how_many_keys_are_as_fast_depends_on_the_device(device: str) -> None:
+    enough = EXACT_BELOW_KEYS[device]
+    assert decision(enough - 1, device=device).mode == "exact"
+    assert decision(enough, device=device).mode == "centroid"
+    assert str(enough) in decision(enough, device=device).report.reason
 
 
 def test_a_budget_counts_the_steady_zone_and_never_falls_below_it() -> None:
