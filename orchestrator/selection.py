@@ -15,8 +15,8 @@ from orchestrator.errors import UsageError
 from orchestrator.types import MODES, AskOptions, SelectionReport
 
 DEFAULT_BUDGET_SHARE = 0.125
-# Below this many document keys `auto` reads them all: a decode step of `centroid` is not faster than
-# `exact` there, by `longspan bench amortised` on CPUs and `longspan bench decode` on an H200
+# Below this many document keys `auto` reads them all: a decode step of `centroid` is not faster
+# there than `exact`, by `longspan bench amortised` on CPUs and `longspan bench decode` on an H200
 # (docs/log.md, docs/kernels.md).
 EXACT_BELOW_KEYS = {"cpu": 8192, "cuda": 131_072}
 # Above this many clusters per KV head the look-up goes through groups first.

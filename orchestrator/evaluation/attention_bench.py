@@ -59,7 +59,7 @@ class AttentionTiming:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Problem:
-    """A document's layers, a query [1, 1, H, D] and how many steady keys it sees."""
+    """A document's layers, queries [1, T, H, D] and how many steady keys it sees."""
 
     shape: LayerShape
     document: DecodeDocument
@@ -89,7 +89,54 @@ def parse_keys(budget: str, num_tokens: int) -> int:
     return int(num_tokens * float(share) / 100) if share != budget else int(budget)
 
 
-def _make_problem(num_tokens: int) -> _Problem:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedTiming:
+    """Questions that come together on one document: seconds of a step for one of them, for all."""
+
+    name: str
+    num_tokens: int
+    num_questions: int
+    one_s: float
+    all_s: float
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values."""
+        return asdict(self)
+
+
+def measure_shared(
+    num_tokens: int, num_questions: int, *, budget: str, levels: int, repeats: int = 20
+) -> list[SharedTiming]:
+    """Dense and `centroid` attention of one layer, for one question and for several at once."""
+    found: dict[str, list[float]] = {"dense": [], "centroid": []}
+    for num_queries in (1, num_questions):
+        problem = _make_problem(num_tokens, num_queries=num_queries)
+        dense = DenseDecode(problem.heads, [problem.document], problem.visible, scale=problem.scale)
+        centroid = CentroidDecode(
+            problem.heads,
+            [problem.document],
+            problem.visible,
+            limit=Limit(keys=parse_keys(budget, num_tokens)),
+            levels=levels,
+            scale=problem.scale,
+        )
+        plans: dict[str, DenseDecode | CentroidDecode] = {"dense": dense, "centroid": centroid}
+        for name, plan in plans.items():
+            seconds = _time(partial(_run, plan, problem.q), len(problem.document.k), repeats)
+            found[name].append(statistics.median(seconds))
+    return [
+        SharedTiming(
+            name=name,
+            num_tokens=num_tokens,
+            num_questions=num_questions,
+            one_s=one_s,
+            all_s=all_s,
+        )
+        for name, (one_s, all_s) in found.items()
+    ]
+
+
+def _make_problem(num_tokens: int, *, num_queries: int = 1) -> _Problem:
     """The Llama-3.1-8B shape: 32 query heads, 8 KV heads, head dim 128, bfloat16."""
     shape = LayerShape(num_tokens=num_tokens)
     per_layer = 4 * num_tokens * shape.num_kv_heads * shape.head_dim
@@ -98,12 +145,12 @@ def _make_problem(num_tokens: int) -> _Problem:
     document = make_document(shape, num_layers=num_layers, dtype=torch.bfloat16, device=device)
     heads = Heads(
         num_documents=1,
-        num_queries=1,
+        num_queries=num_queries,
         num_kv_heads=shape.num_kv_heads,
         per_group=4,
         head_dim=shape.head_dim,
     )
-    q = 2.0 * torch.randn(1, 1, 32, shape.head_dim, device=device)
+    q = 2.0 * torch.randn(1, num_queries, 32, shape.head_dim, device=device)
     return _Problem(
         shape=shape,
         document=document,
