@@ -20,6 +20,7 @@ Every message is one line: *what, value, limit, remedy*. The leaves keep small t
        |- ModelUnsupported        rope type, activation or architecture that is not implemented
        |- ModelDamaged            a weight file that is cut or inconsistent
        |- ModelFetchFailed        the download of a known model failed
+       |- NotFinite               a forward gave what is no number
     |- ClusterError
        |- PortTaken               the port on which ranks would meet is in use
        |- RayUnavailable          Ray cannot be started or reached, or has no room for the ranks
@@ -54,6 +55,10 @@ class ModelMismatch(LongspanError):
 
 class ModelError(LongspanError):
     """Base of faults in finding or loading a model."""
+
+
+class NotFinite(ModelError):
+    """A forward gave NaN or infinity where the next token is chosen."""
 
 
 class ModelNotFound(ModelError):

@@ -6,9 +6,12 @@ gives the same tokens on every device. Refuses to know tokenizers and stop rules
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from orchestrator.errors import NotFinite
 from orchestrator.types import Sampling
 
 
@@ -18,14 +21,29 @@ def make_generator(sampling: Sampling) -> torch.Generator:
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Return the next token id for `logits` [V]; ties break by the lowest id."""
+    """Return the next token id for `logits` [V]; ties break by the lowest id.
+
+    Raises NotFinite where they choose nothing.
+    """
     if sampling.temperature == 0.0:
-        return int(logits.argmax())
+        best = logits.argmax()
+        _check_finite(float(logits[best]))
+        return int(best)
     logits = logits.float().cpu()
+    _check_finite(float(logits.max()))
     # The maximum goes first: a tiny temperature must not overflow.
     probabilities = torch.softmax((logits - logits.max()) / sampling.temperature, -1)
     kept, ids = _nucleus(probabilities, sampling.top_p)
     return int(ids[torch.multinomial(kept, 1, generator=generator)])
+
+
+def _check_finite(greatest: float) -> None:
+    """NaN is the greatest of what it is among."""
+    if not math.isfinite(greatest):
+        raise NotFinite(
+            f"greatest logit {greatest}; limit a finite number; the model's numbers leave their "
+            "type's range, or weights are damaged: try --dtype float32, and longspan docs verify"
+        )
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:

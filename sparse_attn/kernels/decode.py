@@ -63,7 +63,8 @@ class Heads:
 class DecodeDocument:
     """A document as plans need it. runs: the body's slots; per layer: k, v [N, D] (none where every
     key is steady), index (none where no plan selects), and the steady buffers [G, capacity, D] in
-    token order, contiguous, finite also where nothing was written yet.
+    token order, contiguous, finite also where nothing was written yet. num_keys: of the whole
+    document's body over its KV heads, where `runs` has a share of it.
     """
 
     runs: Runs
@@ -72,6 +73,7 @@ class DecodeDocument:
     steady_k: Sequence[Tensor]
     steady_v: Sequence[Tensor]
     indexes: Sequence[CentroidIndex] = ()
+    num_keys: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +184,7 @@ class DenseDecode:
         layers, device = range(len(documents[0].steady_k)), visible.device
         self._windows = windows or [0] * len(layers)
         self._num_steady = count_steady(documents)
-        split = [split_runs(document.runs) for document in documents]
+        split = [split_runs(document.runs, document.num_keys) for document in documents]
         self._bounds = torch.cat([bounds for _, bounds in split]).int().to(device)
         steady = steady_pieces(documents)
         self._runs = [
@@ -290,11 +292,12 @@ def runs_of(pieces: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(columns, dim=1).to(k.device)
 
 
-def split_runs(runs: Runs) -> tuple[Tensor, Tensor]:
+def split_runs(runs: Runs, num_keys: int | None = None) -> tuple[Tensor, Tensor]:
     """Pieces [n, 6] of at most `run_slots` slots, as in `steady_pieces` but with their flat slots,
-    heads counted from 0; and bounds [G, 9] of each head's folds among its pieces.
+    heads counted from 0; and bounds [G, 9] of each head's folds among its pieces. num_keys: of the
+    document, which alone decides how it is cut; None: those of `runs`.
     """
-    pieces, bounds, most = [], [], run_slots(runs.num_keys)
+    pieces, bounds, most = [], [], run_slots(num_keys or runs.num_keys)
     for g in range(runs.num_kv_heads):
         edges, own = [0], 0
         for fold in range(NUM_FOLDS):

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import NotFinite, UsageError
 from orchestrator.model.sampler import make_generator, sample
 from orchestrator.types import Sampling
 
@@ -24,6 +24,15 @@ def test_greedy_takes_the_first_of_the_best() -> None:
     assert draw(Sampling(), 3) == [1, 1, 1]
     tied = torch.tensor([0.0, 2.0, 2.0])
     assert sample(tied, Sampling(), make_generator(Sampling())) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_no_number_chooses_nothing(temperature: float, wrong: float) -> None:
+    logits = torch.tensor([0.0, 2.0, wrong, 1.0])
+    sampling = Sampling(temperature=temperature)
+    with pytest.raises(NotFinite, match=r"greatest logit (nan|inf).*--dtype float32"):
+        sample(logits, sampling, make_generator(sampling))
 
 
 def test_frequencies_follow_the_probabilities() -> None:

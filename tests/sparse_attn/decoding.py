@@ -89,11 +89,13 @@ def make(
 def case_of(kind: Kind, layer: Layer, q: Tensor) -> Case:
     """A case of a layer, which may have been changed."""
     index: CentroidIndex = moved(layer.index, kind.device)
-    tables = {
-        name: [getattr(layer, name).contiguous().to(kind.device, kind.dtype)]
-        for name in ("k", "v", "steady_k", "steady_v")
-    }
-    document = DecodeDocument(runs=layer.runs, indexes=[index], **tables)
+    k, v, steady_k, steady_v = (
+        [x.contiguous().to(kind.device, kind.dtype)]
+        for x in (layer.k, layer.v, layer.steady_k, layer.steady_v)
+    )
+    document = DecodeDocument(
+        runs=layer.runs, indexes=[index], k=k, v=v, steady_k=steady_k, steady_v=steady_v
+    )
     return Case(kind=kind, layer=layer, document=document, q=q.to(kind.dtype))
 
 

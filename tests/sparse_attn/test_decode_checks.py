@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sparse_attn.errors import AttentionError, ShapeMismatch
-from sparse_attn.kernels.decode import DecodeDocument, DenseDecode, Heads
+from sparse_attn.folds import NUM_FOLDS, Runs
+from sparse_attn.kernels.decode import DecodeDocument, DenseDecode, Heads, split_runs
 from sparse_attn.kernels.decode_checks import check_keys
 from sparse_attn.kernels.selected import CentroidDecode
 from sparse_attn.select.base import Limit
@@ -89,3 +90,19 @@ def test_slots_must_fit_their_numbers() -> None:
     x = torch.empty((2**31, 16), device="meta")
     with pytest.raises(ShapeMismatch, match="2147483648 slots; limit 2147483647"):
         check_keys("k", x, x, (None, 16))
+
+
+def test_a_share_of_a_document_is_cut_as_the_whole_is() -> None:
+    """Bits follow how keys are cut: that must not depend on how many callers share them."""
+    per_fold, num_kv_heads = 16, 8
+    starts = torch.arange(num_kv_heads * NUM_FOLDS * per_fold) * 8192
+    heads = torch.arange(num_kv_heads).unsqueeze(1) * NUM_FOLDS
+    whole = Runs(
+        first=starts,
+        count=torch.full_like(starts, 8192),
+        bounds=(heads + torch.arange(NUM_FOLDS + 1)) * per_fold,
+    )
+    few = Runs(first=starts[:1], count=whole.count[:1], bounds=torch.tensor([[0] + [1] * 8]))
+    for runs, num_keys in ((whole, None), (few, whole.num_keys)):
+        assert set(split_runs(runs, num_keys)[0][:, 1].tolist()) == {2048}
+    assert set(split_runs(few)[0][:, 1].tolist()) == {128}
