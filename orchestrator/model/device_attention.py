@@ -240,4 +240,4 @@ class DeviceAttention:
     def _table_bytes(self, place: int) -> int:
         """Bytes of the tables that every query looks through."""
         index = self._context.index(place)
-        return lookup_bytes(index.groups if self._plan.levels == 2 else index.clusters)
+        return lookup_bytes(index.groups if self._plans.levels == 2 else index.clusters)

@@ -42,7 +42,9 @@ class Tail:
 
 
 class Plans:
-    """full, sliding_tail: the steady keys of full-attention and of sliding-window layers."""
+    """full, sliding_tail: the steady keys of full-attention and of sliding-window layers; levels:
+    of the look-up, two where nothing is to be read (`window`): groups then say what was missed.
+    """
 
     def __init__(
         self,
@@ -69,6 +71,7 @@ class Plans:
             steady_v=self.full.v,
             indexes=[] if plan.mode == "exact" else [context.index(i) for i in layers],
         )
+        self.levels = 2 if plan.mode == "window" else plan.levels
         self._windows = [window for window in windows if window is not None]
         self._made: dict[int, tuple[DenseDecode | CentroidDecode, Tensor]] = {}
         self._sliding: dict[int, tuple[DenseDecode, Tensor]] = {}
@@ -135,7 +138,7 @@ class Plans:
             self._document,
             visible,
             limit=Limit(keys=plan.keys) if plan.mass is None else Limit(mass=plan.mass),
-            levels=plan.levels,
+            levels=self.levels,
             scale=self._scale,
             estimates=plan.mode != "window",
             keeps=keeps,
