@@ -2,7 +2,7 @@
 
 Owns what a question's attention is made of where one rank holds the whole document: `plan_dense`
 and `plan_selected`. What has no plan (prefill of a document, several ranks) is computed as the
-torch backend does it; `longspan doctor` and the README say which is which.
+torch backend does it, as the README and `docs/kernels.md` say.
 """
 
 from __future__ import annotations
