@@ -71,7 +71,7 @@ def main() -> int:
     """Measure the row."""
     if not ON_GPU:
         # Every program of a grid costs time in the interpreter, and every element of a sum.
-        selected._PROGRAMS, interpreter.ReduceOps.generic_reduce = 6, reduce_by_halves
+        selected._PROGRAMS, interpreter.ReduceOps.generic_reduce = (6, 6), reduce_by_halves
     rows: dict[str, dict[str, float]] = {}
     for name, found in (*decode_errors(), *prefill_errors()):
         kept = rows.setdefault(name, {"out": 0.0, "lse": 0.0})

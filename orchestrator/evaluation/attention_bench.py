@@ -122,7 +122,9 @@ def measure_shared(
         )
         plans: dict[str, DenseDecode | CentroidDecode] = {"dense": dense, "centroid": centroid}
         for name, plan in plans.items():
-            seconds = _time(partial(_run, plan, problem.q), len(problem.document.k), repeats)
+            seconds = time_in_graph(
+                partial(_run, plan, problem.q), len(problem.document.k), repeats
+            )
             found[name].append(statistics.median(seconds))
     return [
         SharedTiming(
@@ -191,7 +193,7 @@ def _measure_length(
         errors[name] = _error(attended.out, expected_out)
         costs[name] = _cost(problem, plan, levels)
         calls[name] = partial(_run, plan, problem.q)
-    seconds = {name: _time(call, len(document.k), repeats) for name, call in calls.items()}
+    seconds = {name: time_in_graph(call, len(document.k), repeats) for name, call in calls.items()}
     best = min(statistics.median(own) for name, own in seconds.items() if name in PEERS and own)
     for name, own in seconds.items():
         if not own:  # a peer that does not run here
@@ -257,7 +259,7 @@ def _error(out: Tensor, expected: Tensor) -> float:
     return float((out.float() - expected).abs().max())
 
 
-def _time(call: Callable[[int], object], num_layers: int, repeats: int) -> list[float]:
+def time_in_graph(call: Callable[[int], object], num_layers: int, repeats: int) -> list[float]:
     """Seconds of one call, `repeats` times, layers in turn; empty where the call is refused."""
     cuda: Any = torch.cuda
     stream = cuda.Stream()

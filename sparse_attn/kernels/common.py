@@ -41,47 +41,6 @@ def halves(x, n: tl.constexpr, width: tl.constexpr):
 
 
 @triton.jit
-def tree_lse(x, width: tl.constexpr):
-    """log of the sum of exp of 8 folds [8, width], by the tree of `state.merge_tree_lse`."""
-    a, b = halves(x, 8, width)
-    a, b = halves(log_add(a, b), 4, width)
-    a, b = halves(log_add(a, b), 2, width)
-    return tl.reshape(log_add(a, b), (width,))
-
-
-@triton.jit
-def arrive(counter, expected):
-    """Whether this program is the last of `expected` to come here; it sees what the others wrote.
-
-    The counter is zero before the first and after the last.
-    """
-    tl.debug_barrier()
-    is_last = tl.atomic_add(counter, 1, sem="acq_rel") == expected - 1
-    if is_last:
-        tl.store(counter, 0)
-    return is_last
-
-
-@triton.jit
-def fold_lse(lses, bounds, P: tl.constexpr, BLOCK_P: tl.constexpr, J: tl.constexpr):
-    """log of the sum of exp of a list of rows of P numbers, fold by fold: [8, BLOCK_P].
-
-    bounds: 9 int32, where each fold begins in the list.
-    """
-    fold = tl.arange(0, 8)
-    first = tl.load(bounds + fold)
-    last = tl.load(bounds + fold + 1)
-    head = tl.arange(0, BLOCK_P)[None, None, :]
-    total = tl.full((8, BLOCK_P), -float("inf"), tl.float32)
-    for start in range(0, tl.max(last - first, 0), J):
-        place = first[:, None, None] + start + tl.arange(0, J)[None, :, None]
-        is_own = (place < last[:, None, None]) & (head < P)
-        x = tl.load(lses + place * P + head, mask=is_own, other=-float("inf"))
-        total = log_add(total, log_sum(x, 1))
-    return total
-
-
-@triton.jit
 def tiles_of_folds(bounds, tile):
     """(first, last, tiles before, tiles) of each fold of a list, [8] int32."""
     fold = tl.arange(0, 8)

@@ -27,7 +27,7 @@ from sparse_attn.kernels.dense import (
     run_slots,
     spread_kernel,
 )
-from sparse_attn.kernels.merge import MERGED_COLUMNS, merge_kernel
+from sparse_attn.kernels.merge import merge_kernel, merge_options
 from sparse_attn.select.centroid import CentroidIndex
 
 _SPREAD = 1024  # slots of a program of `spread_kernel`
@@ -97,9 +97,6 @@ class Rows:
         device = like.device
         self.out = torch.zeros(z, num_parts, p, d, device=device)
         self.lse = torch.full((z, num_parts, p), -float("inf"), device=device)
-        self._blocks = triton.cdiv(p * d, MERGED_COLUMNS)
-        self._folds = torch.empty(3, z, self._blocks, NUM_FOLDS + 1, MERGED_COLUMNS, device=device)
-        self._arrived = torch.zeros(z, self._blocks, dtype=torch.int32, device=device)
         shape = (heads.num_documents, heads.num_queries, heads.num_kv_heads * p)
         self.result = Attended(
             out=torch.empty(*shape, d, dtype=like.dtype, device=device),
@@ -148,13 +145,14 @@ class Rows:
     ) -> Attended:
         """Merge parts by the bounds of their lists (`merge.merge_kernel`)."""
         heads, result = self.heads, self.result
-        merge_kernel[NUM_FOLDS + 1, self._blocks, heads.num_problems](
-            self.out, self.lse, *bounds, *self._folds, self._arrived,
-            result.out, result.lse, result.lse_read, heads.num_queries, self.num_parts,
-            num_steady, *bases,
-            G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, BLOCK=MERGED_COLUMNS,
+        options = merge_options(heads.head_dim)
+        blocks = heads.per_group * (heads.head_dim // options["BLOCK"])
+        merge_kernel[blocks, heads.num_problems](
+            self.out, self.lse, *bounds, result.out, result.lse, result.lse_read,
+            heads.num_queries, self.num_parts, num_steady, *bases,
+            G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim,
             TILE_READ=tiles[0], TILE_MEMBERS=tiles[1], LISTS=num_lists, READS_ALL=reads_all,
-            num_warps=4,
+            **options,
         )  # fmt: skip
         return result
 
@@ -241,7 +239,7 @@ class DenseDecode:
 
 def dense_options(head_dim: int) -> dict[str, int]:
     """Tile and pipeline of `attend_runs_kernel`: the best of those measured on an H200."""
-    return {"BLOCK_N": 64 if head_dim > 128 else 128, "STAGES": 2, "num_warps": 4}
+    return {"BLOCK_N": 64, "STAGES": 2 if head_dim > 128 else 3, "num_warps": 4}
 
 
 def check_documents(heads: Heads, documents: Sequence[DecodeDocument], visible: Tensor) -> None:
@@ -309,14 +307,6 @@ def split_runs(runs: Runs, num_keys: int | None = None) -> tuple[Tensor, Tensor]
             edges.append(own)
         bounds.append(edges)
     return torch.tensor(pieces, dtype=torch.int64).view(-1, 6), torch.tensor(bounds)
-
-
-def addresses_of_heads(heads: Heads, table: Tensor) -> Tensor:
-    """Address of each problem's row of a table [B * G, ...]: [Z] int64, on its device."""
-    problem = torch.arange(heads.num_problems, device=table.device)
-    each = heads.num_queries * heads.num_kv_heads
-    head = problem // each * heads.num_kv_heads + problem % heads.num_kv_heads
-    return table.data_ptr() + head * (table.stride(0) * table.element_size())
 
 
 def addresses_of_rows(table: Tensor, num_problems: int) -> Tensor:

@@ -20,14 +20,14 @@ STEADY_SLOTS = 128  # of the keys that every query reads, where one program woul
 RUN_COLUMNS = 7
 FAR_BEFORE = -(1 << 40)
 
-_RUNS = 1056  # that fill a GPU: eight a multiprocessor
+_RUNS = 264  # that fill a GPU: two a multiprocessor
 
 
 def run_slots(num_keys: int) -> int:
     """Slots of a run of a document with so many keys over its KV heads: a number of its own, the
     same in any batch.
     """
-    return min(2048, max(128, 1 << max(0, num_keys // _RUNS - 1).bit_length()))
+    return min(4096, max(256, 1 << max(0, num_keys // _RUNS - 1).bit_length()))
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Reading a selection, and estimating what was not read: the parts of one problem.
 
 A problem is one query and KV head of one document. Its selection is a list of slots cut by fold;
-tiles of `TILE_SLOTS` never cross a fold, and each gives one part. Units that were not read stand
+tiles (`read_options`) never cross a fold, and each gives one part. Units that were not read stand
 for their keys by (log mass, value sum, size), tile by tile in the same way.
 """
 
@@ -13,7 +13,16 @@ import triton.language as tl
 from sparse_attn.kernels.common import LOG2_E, LOWEST, address, rows_at
 from sparse_attn.kernels.dense import softmax_step, store_part
 
-TILE_SLOTS = 128
+LONG = 4096  # a selection of more slots is read in longer tiles
+
+
+def read_options(capacity: int, head_dim: int) -> dict[str, int]:
+    """How a selection of at most `capacity` slots is divided: one piece a tile where few are read
+    and a program waits, else several, of which the next is asked for while one is used.
+    """
+    if capacity <= LONG:
+        return {"TILE_READ": 128, "BLOCK_N": 64 if head_dim > 128 else 128, "STAGES": 1}
+    return {"TILE_READ": 512, "BLOCK_N": 64, "STAGES": 2 if head_dim > 128 else 3}
 
 
 @triton.jit
@@ -21,7 +30,7 @@ def read_tile(
     z, x, keys, values, slots, first, count, part, part_out, part_lse, scores, scale,
     capacity, num_parts,
     P: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    KEEPS: tl.constexpr,
+    STAGES: tl.constexpr, KEEPS: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q K^T) V over slots first to first + count of a problem's selection.
 
@@ -32,7 +41,7 @@ def read_tile(
     high = tl.full((BLOCK_P,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_P,), tl.float32)
     out = tl.zeros((BLOCK_P, D), tl.float32)
-    for start in tl.range(0, count, BLOCK_N, num_stages=1):
+    for start in tl.range(0, count, BLOCK_N, num_stages=STAGES):
         place = start + tl.arange(0, BLOCK_N)
         is_slot = place < count
         slot = tl.load(slots + first + place, mask=is_slot, other=0).to(tl.int64)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.common import address, log_add, log_sum, rows_at
+from sparse_attn.kernels.common import address, log_sum, rows_at
 
 TILE_UNITS = 128
+TILE_MEMBERS = 64  # of an opened group
 LOW = tl.constexpr(2048.0)  # what the low part of a half is multiplied by
 
 
@@ -32,8 +33,9 @@ def load_queries(q, q_rows, is_row, scale, D: tl.constexpr):
     x = tl.load(q + q_rows[:, None] * D + columns, mask=is_row[:, None], other=0.0).to(tl.float32)
     greatest = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
     # The power of two above the greatest element.
-    power = tl.exp2(tl.floor(tl.log2(greatest)) + 1.0)
-    x = x / power[:, None]
+    exponent = tl.floor(tl.log2(greatest)) + 1.0
+    power = tl.exp2(exponent)
+    x = x * tl.exp2(-exponent)[:, None]
     x_high, x_low = split_half(x)
     square_high, square_low = split_half(x * x)
     return x_high, x_low, square_high, square_low, power * scale
@@ -100,40 +102,41 @@ def score_tile(
 
 
 @triton.jit
-def score_group(
-    z, group, x, x_low, squares, squares_low, factor, entries, centroids, variances, sizes_at,
+def score_piece(
+    z, piece, x, x_low, squares, squares_low, factor, entries, centroids, variances, sizes_at,
     starts_at,
-    log_mass, members, group_lse, num_problems, width, max_opened,
+    log_mass, members, piece_lse, num_problems, width, max_opened, num_pieces,
     P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the clusters of one opened group, packed, for the rows of one problem.
+    """Scores of TILE clusters of an opened group, packed, for the rows of one problem; each group
+    has num_pieces such pieces, of which the last may be empty.
 
     entries [max_opened, 3] int32: first column of the group's clusters, clusters, first packed
     place. Writes log_mass [Z, P, width], members [3, Z, width] (column, size, first slot) and
-    group_lse [Z, max_opened, P]. Reads 4 D bytes of each cluster.
+    piece_lse [Z, max_opened * num_pieces, P]. Reads 4 D bytes of each cluster.
     """
+    entry = entries + piece // num_pieces * 3
+    start = piece % num_pieces * TILE
+    first = tl.load(entry)
+    count = tl.load(entry + 1)
+    packed = tl.load(entry + 2)
     row = tl.arange(0, BLOCK_R)
     is_row = row < P
-    first = tl.load(entries + group * 3)
-    count = tl.load(entries + group * 3 + 1)
-    packed = tl.load(entries + group * 3 + 2)
-    total = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+    unit = start + tl.arange(0, TILE)
+    is_unit = (unit < count) & (packed + unit < width)
+    at = first + unit
+    is_loaded = is_unit[:, None]
+    c = tl.load(rows_at(centroids, at, D), mask=is_loaded, other=0.0)
+    var = tl.load(rows_at(variances, at, D), mask=is_loaded, other=0.0)
+    sizes = tl.load(sizes_at + at, mask=is_unit, other=0)
+    starts = tl.load(starts_at + at, mask=is_unit, other=0)
+    mass = score_rows(x, x_low, squares, squares_low, factor, c, var, sizes, is_unit)
+    where = (z * P + row[None, :]).to(tl.int64) * width + (packed + unit)[:, None]
+    tl.store(log_mass + where, mass, mask=is_loaded & is_row[None, :])
     plane = num_problems.to(tl.int64) * width
-    for start in tl.range(0, count, TILE, num_stages=1):
-        unit = start + tl.arange(0, TILE)
-        is_unit = (unit < count) & (packed + unit < width)
-        at = first + unit
-        is_loaded = is_unit[:, None]
-        c = tl.load(rows_at(centroids, at, D), mask=is_loaded, other=0.0)
-        var = tl.load(rows_at(variances, at, D), mask=is_loaded, other=0.0)
-        sizes = tl.load(sizes_at + at, mask=is_unit, other=0)
-        starts = tl.load(starts_at + at, mask=is_unit, other=0)
-        mass = score_rows(x, x_low, squares, squares_low, factor, c, var, sizes, is_unit)
-        where = (z * P + row[None, :]).to(tl.int64) * width + (packed + unit)[:, None]
-        tl.store(log_mass + where, mass, mask=is_loaded & is_row[None, :])
-        member = members + z.to(tl.int64) * width + packed + unit
-        tl.store(member, at, mask=is_unit)
-        tl.store(member + plane, sizes, mask=is_unit)
-        tl.store(member + 2 * plane, starts, mask=is_unit)
-        total = log_add(total, log_sum(mass, 0))
-    tl.store(group_lse + (z * max_opened + group) * P + row, total, mask=is_row)
+    member = members + z.to(tl.int64) * width + packed + unit
+    tl.store(member, at, mask=is_unit)
+    tl.store(member + plane, sizes, mask=is_unit)
+    tl.store(member + 2 * plane, starts, mask=is_unit)
+    own = piece_lse + (z * max_opened * num_pieces + piece) * P + row
+    tl.store(own, log_sum(mass, 0), mask=is_row)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from sparse_attn.estimate import Missed
 from sparse_attn.folds import NUM_FOLDS
+from sparse_attn.kernels.choice import Choice, Opened
 from sparse_attn.kernels.decode import (
     Attended,
     DecodeDocument,
     Heads,
     Rows,
-    addresses_of_heads,
     addresses_of_rows,
     check_documents,
     count_steady,
@@ -29,18 +29,16 @@ from sparse_attn.kernels.decode import (
     steady_pieces,
 )
 from sparse_attn.kernels.dense import STEADY_SLOTS, spread_kernel
-from sparse_attn.kernels.read import TILE_SLOTS
-from sparse_attn.kernels.score import TILE_UNITS
+from sparse_attn.kernels.read import read_options
+from sparse_attn.kernels.score import TILE_MEMBERS, TILE_UNITS
 from sparse_attn.kernels.steps import look_kernel, open_kernel, read_kernel
 from sparse_attn.kernels.tables import UnitTables
 from sparse_attn.kernels.tails import sample_unread
-from sparse_attn.kernels.take import FEW, MAX_RESIDENT, take_kernel
-from sparse_attn.kernels.worth import QUANTA
 from sparse_attn.select.base import Limit
 from sparse_attn.select.centroid import opening_limit
 
-# Programs that share lists whose lengths are not known before: four a multiprocessor.
-_PROGRAMS = 528
+# Programs that share what is opened, and what is read: as many as run at once.
+_PROGRAMS = (528, 264)
 _SPREAD = 1024  # slots of a program of `spread_kernel`
 
 Tables = tuple[UnitTables, UnitTables]
@@ -111,8 +109,9 @@ class CentroidDecode:
             return torch.zeros(shape, device=like.device)
 
         first, opening = self._first, opening_limit(self._limit)
-        most_keys = max(longest_head(document) for document in documents)
-        self.capacity = max(1, _least(most_keys, self._limit.keys))
+        self._most_keys = max(longest_head(document) for document in documents)
+        self.capacity = max(1, _least(self._most_keys, self._limit.keys))
+        self._division = read_options(self.capacity, self._heads.head_dim)
         self.slots, self.slot_bounds = ints(z, self.capacity), ints(num_layers, z, 9)
         self.scores = floats(z, p, self.capacity if self._keeps else 1)
         self._width = first.max_units
@@ -120,67 +119,76 @@ class CentroidDecode:
         self._mass = floats(z, p, self._width).fill_(-float("inf"))
         self._tile_lse = floats(z, max(1, first.max_tiles), p)
         self._packed = _least(self._clusters.max_units, opening.keys) if self._is_deep else 1
-        self._members, self._packed_mass = ints(3, z, self._packed), floats(z, p, self._packed)
+        self._members = ints(3, z, self._packed)
+        self._packed_mass = floats(z, p, self._packed).fill_(-float("inf"))
         num_opened = first.max_units if self._is_deep else 1
         self._opened = ints(z, num_opened, 3)
         self._entries = ints(z, min(self.capacity, max(1, self._clusters.max_units)), 3)
         self._opened_bounds, self.packed_bounds = ints(z, 9), ints(num_layers, z, 9)
         self._entry_bounds = ints(z, 9)
-        self._group_lse, self._nothing = floats(z, num_opened, p), ints(9)
+        most_members = max((int(x.max()) for x in first.counted if x.numel()), default=1)
+        self._num_pieces = triton.cdiv(most_members, TILE_MEMBERS)
+        self._piece_lse = floats(z, num_opened * self._num_pieces, p)
         widest = max(self._width, self._packed)
-        is_chunked = widest > MAX_RESIDENT or self._limit.mass is not None
-        self._scratch = ints(z, widest if is_chunked else 0)
-        self._before = torch.zeros(z, widest, dtype=torch.int64, device=like.device)
-        tiles = self._num_steady + self.capacity // TILE_SLOTS + NUM_FOLDS
+        self._scratch = ints(z, widest)
+        tiles = self._num_steady + self.capacity // self._division["TILE_READ"] + NUM_FOLDS
         members = tiles + first.max_tiles
         self._bases = (self._num_steady, tiles, members)
         num_members = self._packed // TILE_UNITS + NUM_FOLDS if self._is_deep else 0
         self._rows = Rows(self._heads, members + num_members, like)
 
-    def _first_choice(self, layer: int) -> Tensor:
-        """The problems of `take_kernel` over the units that are looked at first."""
-        heads, first, is_deep = self._heads, self._first, self._is_deep
-        steady = self._each(self._rows.lse)
-        unit = addresses_of_heads(heads, first.head_at[:-1])
-        offset = first.head_at[(unit - first.head_at.data_ptr()) // 8] * 4
-        numbers = (first.sizes[layer], first.firsts[layer], first.counted[layer])
-        return torch.stack(
-            [
-                *(x.data_ptr() + offset for x in numbers),
-                addresses_of_heads(heads, first.counts),
-                addresses_of_heads(heads, first.bounds),
-                self._each(self._tile_lse),
-                addresses_of_heads(heads, first.tile_bounds),
-                steady,
-                torch.full_like(steady, self._nothing.data_ptr()),
-                steady,
-                self._each(self._opened if is_deep else self._entries),
-                self._each(self._opened_bounds if is_deep else self._entry_bounds),
-                self._each((self.packed_bounds if is_deep else self.slot_bounds)[layer]),
-            ],
-            dim=1,
+    def _first_choice(self, layer: int) -> Choice:
+        """Among the units that are looked at first."""
+        first, is_deep = self._first, self._is_deep
+        sizes, firsts, counts = first.rows(layer)
+        return Choice(
+            heads=self._heads,
+            limit=opening_limit(self._limit) if is_deep else self._limit,
+            mass=self._mass,
+            sizes=sizes,
+            firsts=firsts,
+            counts=counts,
+            bounds=first.bounds,
+            steady_lse=self._rows.lse,
+            num_steady=self._num_steady,
+            tile_lse=self._tile_lse,
+            num_tiles=self._tile_lse.shape[1],
+            opened=None,
+            scratch=self._scratch,
+            entries=self._opened if is_deep else self._entries,
+            entry_bounds=self._opened_bounds if is_deep else self._entry_bounds,
+            place_bounds=(self.packed_bounds if is_deep else self.slot_bounds)[layer],
+            slots=None if is_deep else self.slots,
+            most_keys=self._most_keys,
+            expected=self._width,
         )
 
-    def _second_choice(self, layer: int) -> Tensor:
-        """The problems of `take_kernel` over the clusters of opened groups."""
-        packed = self.packed_bounds[layer]
-        return torch.stack(
-            [
-                self._each(self._members[1]),
-                self._each(self._members[2]),
-                self._each(self._members[1]),
-                self._each(packed[:, 8:]),
-                self._each(packed),
-                self._each(self._rows.lse[:, self._bases[1] :]),
-                addresses_of_heads(self._heads, self._first.tile_bounds),
-                self._each(self._group_lse),
-                self._each(self._opened_bounds),
-                self._each(self._rows.lse),
-                self._each(self._entries),
-                self._each(self._entry_bounds),
-                self._each(self.slot_bounds[layer]),
-            ],
-            dim=1,
+    def _second_choice(self, layer: int) -> Choice:
+        """Among the clusters of opened groups."""
+        most_keys = _least(self._most_keys, opening_limit(self._limit).keys)
+        mean_keys = max(1, self._most_keys // max(1, self._clusters.max_units))
+        return Choice(
+            heads=self._heads,
+            limit=self._limit,
+            mass=self._packed_mass,
+            sizes=self._members[1],
+            firsts=self._members[2],
+            counts=self._members[1],
+            bounds=self.packed_bounds[layer],
+            steady_lse=self._rows.lse,
+            num_steady=self._num_steady,
+            tile_lse=self._rows.lse[:, self._bases[1] :],
+            num_tiles=self._first.max_tiles,
+            opened=Opened(
+                lse=self._piece_lse, bounds=self._opened_bounds, num_pieces=self._num_pieces
+            ),
+            scratch=self._scratch,
+            entries=self._entries,
+            entry_bounds=self._entry_bounds,
+            place_bounds=self.slot_bounds[layer],
+            slots=self.slots,
+            most_keys=most_keys,
+            expected=most_keys // mean_keys,
         )
 
     def _each(self, table: Tensor) -> Tensor:
@@ -190,12 +198,10 @@ class CentroidDecode:
         """Attention of q [B, T, H, D]; overwrites what the last call gave."""
         self._rows.check(layer, len(self._choices), q)
         self._look(layer, q)
+        self._choices[layer].take()
         if self._is_deep:
-            self._take(self._choices[layer], self._mass, opening_limit(self._limit), expands=False)
             self._open(layer, q)
-            self._take(self._seconds[layer], self._packed_mass, self._limit, expands=True)
-        else:
-            self._take(self._choices[layer], self._mass, self._limit, expands=True)
+            self._seconds[layer].take()
         self._read(layer, q)
         num_lists = 1
         if self._estimates:
@@ -204,7 +210,7 @@ class CentroidDecode:
             (self.slot_bounds[layer], self._first.tile_bounds, self.packed_bounds[layer]),
             num_steady=self._num_steady,
             bases=self._bases,
-            tiles=(TILE_SLOTS, TILE_UNITS),
+            tiles=(self._division["TILE_READ"], TILE_UNITS),
             num_lists=num_lists,
         )
 
@@ -286,35 +292,23 @@ class CentroidDecode:
             BLOCK_N=STEADY_SLOTS, TILE=TILE_UNITS, num_warps=8,
         )  # fmt: skip
 
-    def _take(self, problems: Tensor, mass: Tensor, limit: Limit, *, expands: bool) -> None:
-        heads, width = self._heads, mass.shape[2]
-        block = min(MAX_RESIDENT, triton.next_power_of_2(max(width, 128)))
-        take_kernel[(heads.num_problems,)](
-            problems, mass, width, self._num_steady, limit.keys or 0,
-            int((limit.mass or 0.0) * QUANTA.value), self._scratch, self._before, self.slots,
-            self.capacity if expands else self._opened.shape[1],
-            P=heads.per_group, BLOCK_P=triton.next_power_of_2(heads.per_group),
-            FEW=min(block, FEW), BLOCK=block, BY_MASS=limit.mass is not None, EXPAND=expands,
-            num_warps=min(16, max(4, block // 256)),
-        )  # fmt: skip
-
     def _open(self, layer: int, q: Tensor) -> None:
         heads, first, rows = self._heads, self._first, self._rows
-        programs = max(1, min(self._opened.shape[1], _PROGRAMS // heads.num_problems))
+        programs = max(1, min(self._opened.shape[1], _PROGRAMS[0] // heads.num_problems))
         open_kernel[programs, heads.num_problems](
             q, first.tiles, first.tile_first, first.addresses[layer], self._mass,
             self._clusters.addresses[layer], self._opened, self._opened_bounds, self._packed_mass,
-            self._members, self._group_lse, rows.out, rows.lse,
+            self._members, self._piece_lse, rows.out, rows.lse,
             self._scale, heads.num_queries, rows.num_parts, self._width, self._packed,
-            self._opened.shape[1], self._bases[1],
+            self._opened.shape[1], self._num_pieces, self._bases[1],
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, BLOCK_R=heads.block,
-            TILE=TILE_UNITS, TILE_MEMBERS=32, num_warps=4,
+            TILE=TILE_UNITS, TILE_MEMBERS=TILE_MEMBERS, num_warps=4,
         )  # fmt: skip
 
     def _read(self, layer: int, q: Tensor) -> None:
         heads, first, rows = self._heads, self._first, self._rows
         mass = self._packed_mass if self._is_deep else self._mass
-        programs = max(1, _PROGRAMS // heads.num_problems)
+        programs = max(1, _PROGRAMS[1] // heads.num_problems)
         read_kernel[programs, heads.num_problems](
             q, self._kv[layer], self.slots, self.slot_bounds[layer], self.scores, first.tiles,
             first.tile_first, self._clusters.addresses[layer], self._members,
@@ -323,8 +317,8 @@ class CentroidDecode:
             self._scale, heads.num_queries, rows.num_parts, self.capacity, mass.shape[2],
             *self._bases,
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=rows.kv,
-            BLOCK_R=heads.block, BLOCK_N=64 if heads.head_dim > 128 else 128, TILE_READ=TILE_SLOTS,
-            TILE=TILE_UNITS, IS_DEEP=self._is_deep, KEEPS=self._keeps, num_warps=4,
+            BLOCK_R=heads.block, TILE=TILE_UNITS, IS_DEEP=self._is_deep, KEEPS=self._keeps,
+            num_warps=4, **self._division,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from sparse_attn.kernels.common import address, fold_of, pick, tiles_of_folds
 from sparse_attn.kernels.dense import attend_run
 from sparse_attn.kernels.read import estimate_members, estimate_tile, read_tile
-from sparse_attn.kernels.score import load_queries, score_group, score_tile
+from sparse_attn.kernels.score import load_queries, score_piece, score_tile
 
 
 @triton.jit
@@ -43,8 +43,8 @@ def look_kernel(
 @triton.jit
 def open_kernel(
     q, tiles, tile_first, group_tables, group_mass, tables, opened, opened_bounds, log_mass,
-    members, group_lse, part_out, part_lse,
-    scale, num_queries, num_parts, group_width, width, max_opened, base,
+    members, piece_lse, part_out, part_lse,
+    scale, num_queries, num_parts, group_width, width, max_opened, num_pieces, base,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
     TILE_MEMBERS: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def open_kernel(
     document = z // (G * num_queries)
     first_tile = tl.load(tile_first + document * G + g)
     num_tiles = tl.load(tile_first + document * G + g + 1) - first_tile
-    num_items = num_tiles + tl.load(opened_bounds + z * 9 + 8)
+    num_items = num_tiles + tl.load(opened_bounds + z * 9 + 8) * num_pieces
     table = tables + document * 6
     at = g * tl.load(table + 3)
     row = tl.arange(0, BLOCK_R)
@@ -73,11 +73,11 @@ def open_kernel(
                 TILE,
             )  # fmt: skip
         else:
-            score_group(
+            score_piece(
                 z, item - num_tiles, x, x_low, squares, squares_low, factor,
                 opened + z * max_opened * 3, centroids, variances,
                 address(table + 2, tl.int32) + at, address(table + 4, tl.int32) + at,
-                log_mass, members, group_lse, tl.num_programs(1), width, max_opened,
+                log_mass, members, piece_lse, tl.num_programs(1), width, max_opened, num_pieces,
                 P, D, BLOCK_R, TILE_MEMBERS,
             )  # fmt: skip
 
@@ -88,8 +88,8 @@ def read_kernel(
     log_mass, part_out, part_lse,
     scale, num_queries, num_parts, capacity, width, base_read, base_tiles, base_members,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILE_READ: tl.constexpr, TILE: tl.constexpr, IS_DEEP: tl.constexpr,
-    KEEPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILE_READ: tl.constexpr, STAGES: tl.constexpr, TILE: tl.constexpr,
+    IS_DEEP: tl.constexpr, KEEPS: tl.constexpr,
 ):  # fmt: skip
     """Read the slots that were chosen, and estimate the clusters that were not.
 
@@ -124,7 +124,7 @@ def read_kernel(
             read_tile(
                 z, x, keys, values, slots + z.to(tl.int64) * capacity, first, count,
                 base_read + item, part_out, part_lse, scores, scale, capacity, num_parts,
-                P, D, BLOCK_R, BLOCK_N, KEEPS,
+                P, D, BLOCK_R, BLOCK_N, STAGES, KEEPS,
             )  # fmt: skip
         elif IS_DEEP:
             fold = fold_of(units_before, units, tile)

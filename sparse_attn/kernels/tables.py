@@ -6,9 +6,11 @@ Owns the division of each head's units into tiles that no fold's bound crosses. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sparse_attn.folds import NUM_FOLDS
 from sparse_attn.kernels.score import TILE_UNITS
@@ -66,6 +68,20 @@ class UnitTables:
             self.firsts[layer][first_unit:].data_ptr(),
             units.value_sums.data_ptr(),
         ]
+
+    def rows(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """sizes, firsts, counted of a layer, a row for each head: [B * G, max_units], 0 behind."""
+        return (
+            self._row_of_head(self.sizes[layer]),
+            self._row_of_head(self.firsts[layer]),
+            self._row_of_head(self.counted[layer]),
+        )
+
+    def _row_of_head(self, flat: Tensor) -> Tensor:
+        widths = [b - a for a, b in pairwise(self._edges)]
+        if len(set(widths)) == 1:
+            return flat.view(len(widths), -1)
+        return pad_sequence(list(torch.split(flat, widths)), batch_first=True)
 
 
 def _side_by_side(tables: list[list[Tensor]]) -> list[Tensor]:

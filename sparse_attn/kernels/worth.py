@@ -9,26 +9,79 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.common import LOWEST, fold_lse, log_add, log_sum, tree_lse
+from sparse_attn.kernels.common import LOWEST
 
+PARTS = tl.constexpr(float(1 << 30))  # of the greatest mass
 QUANTA = tl.constexpr(float(1 << 40))  # shares are added as integers (`select/take.py`)
 
 
 @triton.jit
-def total_of(
-    steady, num_steady, lists_a, bounds_a, lists_b, bounds_b, P: tl.constexpr, BLOCK_P: tl.constexpr
-):
-    """Log mass of the steady parts, and of them and two lists cut by fold: [BLOCK_P] each."""
+def lses_of(
+    steady, num_steady, first, num_first, second, num_second, max_second, place,
+    P: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Log masses at places [n, 1] of three lists [., P], one behind the other: [n, BLOCK_P].
+
+    Of the third everything is asked for, up to max_second, without waiting for how many count.
+    """
     head = tl.arange(0, BLOCK_P)[None, :]
-    reads = tl.full((BLOCK_P,), -float("inf"), tl.float32)
-    for start in range(0, num_steady, 16):
-        place = start + tl.arange(0, 16)[:, None]
-        is_part = (place < num_steady) & (head < P)
-        x = tl.load(steady + place * P + head, mask=is_part, other=-float("inf"))
-        reads = log_add(reads, log_sum(x, 0))
-    folds = fold_lse(lists_a, bounds_a, P, BLOCK_P, 16)
-    folds = log_add(folds, fold_lse(lists_b, bounds_b, P, BLOCK_P, 16))
-    return reads, log_add(reads, tree_lse(folds, BLOCK_P))
+    own = place * P + head
+    is_steady = place < num_steady
+    is_first = ~is_steady & (place < num_steady + num_first)
+    own_first = own - num_steady * P
+    x = tl.load(steady + own, mask=is_steady & (head < P), other=-float("inf"))
+    y = tl.load(first + own_first, mask=is_first & (head < P), other=-float("inf"))
+    x = tl.maximum(x, y)
+    if second is not None:
+        place_second = place - num_steady - num_first
+        is_second = (place_second >= 0) & (place_second < max_second) & (head < P)
+        at = second + place_second * P + head
+        more = tl.load(at, mask=is_second, other=-float("inf"))
+        x = tl.maximum(x, tl.where(place_second < num_second, more, -float("inf")))
+    return x
+
+
+@triton.jit
+def total_of(
+    steady, num_steady, first, num_first, second, num_second, max_second,
+    P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Log mass of the steady parts alone, and of them and two lists: [BLOCK_P] each.
+
+    Masses are added as multiples of 2^-30 of the greatest: a sum does not depend on its order.
+    """
+    count = num_steady + num_first + num_second
+    place = tl.arange(0, BLOCK)[:, None]
+    x = lses_of(
+        steady, num_steady, first, num_first, second, num_second, max_second, place, P, BLOCK_P
+    )  # fmt: skip
+    high = tl.max(x, 0)
+    for start in range(BLOCK, count, BLOCK):
+        more = lses_of(
+            steady, num_steady, first, num_first, second, num_second, max_second,
+            start + place, P, BLOCK_P,
+        )  # fmt: skip
+        high = tl.maximum(high, tl.max(more, 0))
+    high = tl.maximum(high, LOWEST)
+    own = (tl.exp(x - high[None, :]) * PARTS).to(tl.int64)
+    reads = tl.sum(tl.where(place < num_steady, own, 0), 0)
+    total = tl.sum(own, 0)
+    for start in range(BLOCK, count, BLOCK):
+        more = lses_of(
+            steady, num_steady, first, num_first, second, num_second, max_second,
+            start + place, P, BLOCK_P,
+        )  # fmt: skip
+        own = (tl.exp(more - high[None, :]) * PARTS).to(tl.int64)
+        reads += tl.sum(tl.where(start + place < num_steady, own, 0), 0)
+        total += tl.sum(own, 0)
+    return log_of(high, reads), log_of(high, total)
+
+
+@triton.jit
+def log_of(high, parts):
+    """high + log of so many parts; -inf for none."""
+    share = tl.maximum(parts, 1).to(tl.float32) / PARTS
+    return tl.where(parts > 0, high + tl.log(share), -float("inf"))
 
 
 @triton.jit

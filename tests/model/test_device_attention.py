@@ -38,7 +38,7 @@ def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter pays for every program, and for every element of some sums."""
     if torch.cuda.is_available():
         pytest.skip("tests/test_gpu.py asks the same of a GPU")
-    monkeypatch.setattr(selected, "_PROGRAMS", 4)
+    monkeypatch.setattr(selected, "_PROGRAMS", (4, 4))
     monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
 
 

@@ -16,9 +16,10 @@ import triton.language as tl
 from sparse_attn.estimate import MAX_LOG_RATIO, UNIFORM_SHARE
 from sparse_attn.kernels import dense, merge, sample, steps, tails, take
 from sparse_attn.kernels.decode import dense_options
-from sparse_attn.kernels.merge import MERGED_COLUMNS
-from sparse_attn.kernels.read import TILE_SLOTS
-from sparse_attn.kernels.score import TILE_UNITS
+from sparse_attn.kernels.merge import merge_options
+from sparse_attn.kernels.read import LONG, read_options
+from sparse_attn.kernels.score import TILE_MEMBERS, TILE_UNITS
+from sparse_attn.kernels.search import MOST_AT_ONCE
 
 Entry = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 _FLOAT, _INT, _LONG = "*fp32", "*i32", "*i64"
@@ -117,22 +118,29 @@ def _open(kv: str, head_dim: int, per_group: int) -> Entry:
         **_pointers(_INT, "opened", "opened_bounds"),
         "log_mass": _FLOAT,
         "members": _INT,
-        "group_lse": _FLOAT,
+        "piece_lse": _FLOAT,
         **_PARTS,
         "scale": "fp32",
-        **_counts("num_queries", "num_parts", "group_width", "width", "max_opened", "base"),
+        **_counts("num_queries", "num_parts", "group_width", "width", "max_opened"),
+        **_counts("num_pieces", "base"),
     }
     constants = {
         **_shape(per_group, head_dim),
         "BLOCK_R": _rows(per_group),
         "TILE": TILE_UNITS,
-        "TILE_MEMBERS": 32,
+        "TILE_MEMBERS": TILE_MEMBERS,
     }
     return steps.open_kernel, signature, constants, {"num_warps": 4}
 
 
 def _read(
-    kv: str, head_dim: int, per_group: int, *, is_deep: bool = False, keeps: bool = False
+    kv: str,
+    head_dim: int,
+    per_group: int,
+    *,
+    is_deep: bool = False,
+    keeps: bool = False,
+    capacity: int = 2048,
 ) -> Entry:
     signature = {
         "q": f"*{kv}",
@@ -152,8 +160,7 @@ def _read(
         **_shape(per_group, head_dim),
         "KV": _KV[kv],
         "BLOCK_R": _rows(per_group),
-        "BLOCK_N": 64 if head_dim > 128 else 128,
-        "TILE_READ": TILE_SLOTS,
+        **read_options(capacity, head_dim),
         "TILE": TILE_UNITS,
         "IS_DEEP": is_deep,
         "KEEPS": keeps,
@@ -161,26 +168,31 @@ def _read(
     return steps.read_kernel, signature, constants, {"num_warps": 4}
 
 
-def _take(per_group: int, block: int, *, by_mass: bool, expands: bool) -> Entry:
+def _take(per_group: int, block: int, *, by_mass: bool, expands: bool, shift: int = 20) -> Entry:
     signature = {
-        "problems": _LONG,
         "log_mass": _FLOAT,
-        **_counts("width", "num_steady", "limit"),
+        **_pointers(_INT, "sizes", "firsts", "counts", "unit_bounds"),
+        **_pointers(_FLOAT, "steady_lse", "tile_lse"),
+        **_pointers(_INT, "scratch", "entries", "entry_bounds", "place_bounds", "slots"),
+        **_counts("width", "num_queries", "num_steady", "steady_rows", "num_tiles", "tile_rows"),
+        **_counts("num_pieces", "max_opened", "limit", "max_entries", "capacity"),
         "goal": "i64",
-        "scratch": _INT,
-        "before": _LONG,
-        "slots": _INT,
-        **_counts("capacity"),
     }
     constants = {
+        "G": _HEADS,
         "P": per_group,
         "BLOCK_P": triton.next_power_of_2(per_group),
-        "FEW": min(block, take.FEW),
         "BLOCK": block,
+        "SHIFT": shift,
+        "BY_HEAD": not expands,
         "BY_MASS": by_mass,
         "EXPAND": expands,
     }
-    options = {"num_warps": min(16, max(4, block // 256))}
+    if expands:
+        signature |= {"opened_lse": _FLOAT, "opened_bounds": _INT}
+    else:
+        constants |= {"opened_lse": None, "opened_bounds": None}
+    options = {"num_warps": 8 if block == MOST_AT_ONCE else 4}
     return take.take_kernel, signature, constants, options
 
 
@@ -188,25 +200,25 @@ def _merge(kv: str, head_dim: int, per_group: int, num_lists: int) -> Entry:
     signature = {
         **_PARTS,
         **_pointers(_INT, "bounds_read", "bounds_tiles", "bounds_members"),
-        **_pointers(_FLOAT, "fold_out", "fold_lse", "fold_read"),
-        "arrived": _INT,
         "out": f"*{kv}",
         **_pointers(_FLOAT, "lse_all", "lse_read"),
         **_counts(
             "num_queries", "num_parts", "num_steady", "base_read", "base_tiles", "base_members"
         ),
     }
+    options = merge_options(head_dim)
     constants = {
         "G": 8,
         "P": per_group,
         "D": head_dim,
-        "BLOCK": MERGED_COLUMNS,
-        "TILE_READ": 1 if num_lists == 1 else TILE_SLOTS,
+        "BLOCK": options.pop("BLOCK"),
+        "AT_ONCE": options.pop("AT_ONCE"),
+        "TILE_READ": 1 if num_lists == 1 else 128,
         "TILE_MEMBERS": 1 if num_lists == 1 else TILE_UNITS,
         "LISTS": num_lists,
         "READS_ALL": num_lists == 1,
     }
-    return merge.merge_kernel, signature, constants, {"num_warps": 4}
+    return merge.merge_kernel, signature, constants, options
 
 
 def _missed(kv: str, head_dim: int, per_group: int, num_lists: int) -> Iterator[Entry]:
@@ -243,15 +255,18 @@ def _each() -> Iterator[Entry]:
     yield _runs("bf16", 128, 4, window=128)
     yield _runs("bf16", 128, 4, keeps=True)
     yield _read("bf16", 128, 4, is_deep=True, keeps=True)
+    for head_dim in (64, 128, 256):
+        yield _read("bf16", head_dim, 4, capacity=LONG + 1)
+        yield _read("bf16", head_dim, 4, capacity=LONG + 1, is_deep=True)
     yield _merge("bf16", 128, 4, num_lists=1)
     yield _merge("bf16", 128, 4, num_lists=2)
     for per_group in (1, 4, 7, 16):
         yield _spread(per_group, gathers=True)
         yield _spread(per_group, gathers=False)
-        for block in (128, take.MAX_RESIDENT):
+        for block in (128, MOST_AT_ONCE):
             for by_mass in (False, True):
                 yield _take(per_group, block, by_mass=by_mass, expands=True)
-                yield _take(per_group, block, by_mass=by_mass, expands=False)
+                yield _take(per_group, block, by_mass=by_mass, expands=False, shift=32)
 
 
 KERNELS: list[Entry] = list(_each())

@@ -12,9 +12,9 @@ from triton.runtime import interpreter
 
 from sparse_attn import reference
 from sparse_attn.folds import NUM_FOLDS, Runs
-from sparse_attn.kernels import selected
+from sparse_attn.kernels import choice, selected
 from sparse_attn.kernels.decode import Attended, DecodeDocument
-from sparse_attn.kernels.take import MAX_RESIDENT
+from sparse_attn.kernels.search import MOST_AT_ONCE
 from sparse_attn.select.base import Limit
 from sparse_attn.state import log_add, merge_tree
 from tests.sparse_attn.decoding import (
@@ -63,7 +63,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kin
     if found.is_exact and torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
     if found.is_exact:  # every program of a grid costs time here, and every element of a sum
-        monkeypatch.setattr(selected, "_PROGRAMS", 4)
+        monkeypatch.setattr(selected, "_PROGRAMS", (4, 4))
         monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
     return found
 
@@ -145,9 +145,9 @@ def test_equal_benefits_are_taken_by_lowest_column(
 ) -> None:
     """Clusters alike, of 4 keys each: the first that fit, whichever way they are looked for."""
     case = case_of(kind, alike(make(kind, (44, 32, 24, 64)).layer), torch.ones(1, 2, 16))
-    few = 16 if levels == 1 else MAX_RESIDENT
-    for limit, num_units, resident in ((40, 10, few), (19, 4, MAX_RESIDENT), (3, 0, MAX_RESIDENT)):
-        monkeypatch.setattr(selected, "MAX_RESIDENT", resident)
+    few = 16 if levels == 1 else MOST_AT_ONCE
+    for limit, num_units, resident in ((40, 10, few), (19, 4, MOST_AT_ONCE), (3, 0, MOST_AT_ONCE)):
+        monkeypatch.setattr(choice, "MOST_AT_ONCE", resident)
         plan = plan_of([case], Limit(keys=limit), levels=levels)
         run(plan, case)
         taken = read_units(plan, case)
@@ -166,8 +166,8 @@ def test_equal_benefits_are_taken_by_lowest_column(
 def test_more_units_than_the_chip_holds(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make(kind)
     found = []
-    for resident in (MAX_RESIDENT, 32):
-        monkeypatch.setattr(selected, "MAX_RESIDENT", resident)
+    for resident in (MOST_AT_ONCE, 32):
+        monkeypatch.setattr(choice, "MOST_AT_ONCE", resident)
         plan = plan_of([case], SOME)
         found.append((run(plan, case), read_units(plan, case)))
     assert_bits(*(attended for attended, _ in found))
@@ -242,7 +242,7 @@ def test_bits_depend_on_the_query_alone(
     found = run(together, one, q)
     if levels != 2:
         assert_bits(found, run(together, one, q))
-    monkeypatch.setattr(selected, "_PROGRAMS", 9)
+    monkeypatch.setattr(selected, "_PROGRAMS", (9, 9))
     for b, case in enumerate(cases):
         for t in range(num_queries):
             if len(cases) == 2 and b == t:  # the others tell as much
