@@ -23,6 +23,7 @@ from sparse_attn.select.centroid_build import CentroidParams
 
 NUM_SINKS = 4
 MAX_CHUNK_TOKENS = 1024
+KV_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "fp8": "float8_e4m3fn"}
 LIBRARIES = ("torch", "numpy", "longspan")
 
 
@@ -30,6 +31,7 @@ LIBRARIES = ("torch", "numpy", "longspan")
 class IngestOptions:
     """What decides a document's bytes besides text and model.
 
+    kv_dtype: a word of `KV_DTYPES`, None for the model's type;
     chunk_tokens: of prefill, at most the segment; split_tokens: of a chunk's first half, computed
     beside the second: 0 for no split, None to let the planner decide; clusters: None keeps KV in
     token order without an index (such a document answers in mode `exact` only).
@@ -50,6 +52,11 @@ class IngestOptions:
             raise UsageError(
                 f"segment tokens {self.segment_tokens} is not a positive multiple of 256; give "
                 f"1024 or 8192, for example"
+            )
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise UsageError(
+                f"KV dtype {self.kv_dtype!r} is none that a document has; limit "
+                f"{', '.join(KV_DTYPES)}; leave it out for the model's own"
             )
         if self.window < 1:
             raise UsageError(
@@ -144,7 +151,7 @@ def document_params(
         tokenizer_fingerprint=model.tokenizer.fingerprint,
         rope={"full": asdict(cfg.rope), "sliding": asdict(cfg.rope_sliding)},
         dtype=dtype,
-        kv_dtype=options.kv_dtype or dtype,
+        kv_dtype=dtype if options.kv_dtype is None else KV_DTYPES[options.kv_dtype],
         segment_tokens=options.segment_tokens,
         frame_tokens=frame_tokens,
         sinks=NUM_SINKS,
