@@ -216,11 +216,14 @@ class ResidentDocument:
         kept, self._kept = self._kept, {}
         if not any(kept.values()):
             return
-        builder = self.table_builder({file: count_columns(kept[file]) for file in kept})
+        widths = {file: count_columns(kept[file]) for file in kept}
+        builder = TableBuilder(self.holding, widths, device=self.device)
         for file, tensors in kept.items():
             builder.put(*file, tensors)
         self.clusters = builder.finish(device=self.device)
 
     def table_builder(self, widths: Mapping[tuple[int, int], tuple[int, int]]) -> TableBuilder:
-        """Empty cluster tables; widths: clusters and groups of each held (segment, KV head)."""
-        return TableBuilder(self.holding, widths)
+        """Empty cluster tables in host memory, for what is read from disk; widths: clusters and
+        groups of each held (segment, KV head).
+        """
+        return TableBuilder(self.holding, widths, device=torch.device("cpu"))

@@ -37,10 +37,10 @@ def greatest_of(x: Tensor) -> Tensor:
 
 def narrow(x: Tensor, scales: Tensor) -> Tensor:
     """x [..., S, D] as e4m3 of scales [...]; what is too large becomes the greatest number."""
-    scaled = x.float() / scales[..., None, None]
+    scaled = x / scales[..., None, None]  # float32, as scales are
     return scaled.clamp_(-GREATEST, GREATEST).to(DTYPE)
 
 
 def widen(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """e4m3 x [..., S, D] of scales [...] as numbers, exactly, of bfloat16 or float32."""
-    return x.to(dtype) * scales[..., None, None].to(dtype)
+    return x.to(dtype).mul_(scales[..., None, None])

@@ -64,6 +64,10 @@ class Layout:
         """Whether keys and values are stored in one byte a number."""
         return self.kv_dtype == FP8
 
+    def slot_bytes(self, item_bytes: int) -> int:
+        """Bytes of one number of a resident body, where keys are used with item_bytes a number."""
+        return ITEM_BYTES[FP8] if self.is_fp8 else item_bytes
+
     @property
     def num_segments(self) -> int:
         """Segments of the whole document; the last may be shorter."""

@@ -17,13 +17,13 @@ from kv_store import DocumentParams, DocumentWriter
 from orchestrator.cluster.executor import Executor
 from orchestrator.errors import ContextTooLong, UsageError
 from orchestrator.model.load import LoadedModel
+from orchestrator.planning import KV_DTYPES, check_kv_dtype
 from orchestrator.run_plan import RunPlanner
 from orchestrator.steps import BeginIngest, EndIngest, PrefillChunk, SealSegment
 from sparse_attn.select.centroid_build import CentroidParams
 
 NUM_SINKS = 4
 MAX_CHUNK_TOKENS = 1024
-KV_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "fp8": "float8_e4m3fn"}
 LIBRARIES = ("torch", "numpy", "longspan")
 
 
@@ -53,11 +53,7 @@ class IngestOptions:
                 f"segment tokens {self.segment_tokens} is not a positive multiple of 256; give "
                 f"1024 or 8192, for example"
             )
-        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
-            raise UsageError(
-                f"KV dtype {self.kv_dtype!r} is none that a document has; limit "
-                f"{', '.join(KV_DTYPES)}; leave it out for the model's own"
-            )
+        check_kv_dtype(self.kv_dtype)
         if self.window < 1:
             raise UsageError(
                 f"window {self.window} is below 1 token; the last tokens are always read; give 64"
@@ -262,6 +258,7 @@ def _choose_split(options: IngestOptions, planner: RunPlanner, num_tokens: int) 
         num_tokens=num_tokens,
         segment_tokens=options.segment_tokens,
         chunk_tokens=min(options.chunk_tokens, options.segment_tokens),
+        kv_dtype=None if options.kv_dtype is None else KV_DTYPES[options.kv_dtype],
     )
 
 

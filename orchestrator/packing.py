@@ -27,7 +27,7 @@ def fit_scales(resident: ResidentDocument, segment_idx: int, k: Tensor, v: Tenso
     if segment_idx == 0:
         for i, head in enumerate(kv_heads):
             resident.set_scales(head, fp8.choose_scales(greatest[:, i]))
-    shares = (greatest / (fp8.GREATEST * _all_scales(resident))).nan_to_num(nan=torch.inf)
+    shares = (greatest / (fp8.GREATEST * scales_of(resident))).nan_to_num(nan=torch.inf)
     if shares.numel() and float(shares.max()) > 1.0:
         layer, head, which = (int(i) for i in torch.unravel_index(shares.argmax(), shares.shape))
         raise KvOutOfRange(
@@ -38,39 +38,34 @@ def fit_scales(resident: ResidentDocument, segment_idx: int, k: Tensor, v: Tenso
         )
 
 
-def rounded(resident: ResidentDocument, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """k, v [Lf, G, S, D] as the store will give them back, in their own type."""
-    scales = _all_scales(resident)
-    wide = (
-        fp8.widen(fp8.narrow(x, scales[..., i]), scales[..., i], x.dtype)
-        for i, x in enumerate((k, v))
-    )
-    return next(wide), next(wide)
-
-
-def pack_head(
-    resident: ResidentDocument,
-    segment_idx: int,
-    head: int,
-    tensors: Mapping[str, Tensor],
-    steady: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """What is stored of one held KV head, by its place: tensors with k, v [Lf, S, D] as `rounded`
-    gave them, in slot order; steady: k, v as the model gave them, in token order.
-    """
-    first, last = resident.layout.clustered_span(segment_idx)
-    scales = _all_scales(resident)[:, head]
-    packed = {**tensors, "scales": scales}
-    for i, name in enumerate(("k", "v")):
-        rows = steady[name]
-        packed[name] = fp8.narrow(tensors[name], scales[:, i])
-        packed[f"steady_{name}"] = torch.cat([rows[:, :first], rows[:, last:]], dim=1)
-    return packed
-
-
-def _all_scales(resident: ResidentDocument) -> Tensor:
-    """[Lf, G, 2]; of a model without full-attention layers, nothing."""
+def scales_of(resident: ResidentDocument) -> Tensor:
+    """Scales [Lf, G, 2] of a document in fp8; of a model without full-attention layers, nothing."""
     scales = [x for x in resident.scales if x is not None]
     if not scales:
         return torch.ones((0, resident.num_kv_heads, 2), device=resident.device)
     return torch.stack(scales)
+
+
+def rounded(scales: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """k, v [Lf, G, S, D] as the store will give them back by scales [Lf, G, 2], in their type."""
+    each = zip((k, v), scales.unbind(-1), strict=True)
+    return [fp8.widen(fp8.narrow(x, own), own, x.dtype) for x, own in each]
+
+
+def pack_head(
+    scales: Tensor,
+    clustered: tuple[int, int],
+    tensors: Mapping[str, Tensor],
+    steady: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """What is stored of one KV head of scales [Lf, 2]: tensors with k, v [Lf, S, D] as `rounded`
+    gave them, in slot order; steady: k, v as the model gave them, in token order, of which what is
+    not `clustered` is kept.
+    """
+    first, last = clustered
+    packed = {**tensors, "scales": scales}
+    for i, name in enumerate(("k", "v")):
+        packed[name] = fp8.narrow(tensors[name], scales[:, i])
+        rows = steady[name]
+        packed[f"steady_{name}"] = torch.cat([rows[:, :first], rows[:, last:]], dim=1)
+    return packed

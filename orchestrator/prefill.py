@@ -302,7 +302,8 @@ class Prefill:
         heads: dict[int, dict[str, Tensor]] = {kv_head_idx: {} for kv_head_idx in kv_heads}
         full_k, full_v = given_k, given_v = [pick(x, 0, full) for x in (k, v)]
         if layout.is_fp8:
-            full_k, full_v = packing.rounded(self.resident, given_k, given_v)
+            scales = packing.scales_of(self.resident)
+            full_k, full_v = packing.rounded(scales, given_k, given_v)
         clusters = cluster_together(
             full_k, full_v, layout.clustered_span(segment_idx), self._clusters, self.place.context
         )
@@ -319,7 +320,7 @@ class Prefill:
                 if layout.is_fp8:
                     steady = {"k": given_k[:, own[i]], "v": given_v[:, own[i]]}
                     heads[head] = packing.pack_head(
-                        self.resident, segment_idx, own[i], heads[head], steady
+                        scales[:, own[i]], layout.clustered_span(segment_idx), heads[head], steady
                     )
         if sliding:
             for i, head in enumerate(kv_heads):

@@ -11,18 +11,22 @@ from sparse_attn.stored import FP8
 from tests.sparse_attn.decoding import Case
 from tests.sparse_attn.inputs import Layer
 
-# Of each KV head's keys and values, and again from there: no two that stand together are equal.
-SCALES = ((2.0**-4, 2.0**-6), (2.0**-3, 2.0**-2))
+OCTAVES = 4  # above 1 in which the greatest number of a head is stored, one more in every other
 
 
-def scales_of(num_kv_heads: int) -> Tensor:
-    """Scales [G, 2]."""
-    return torch.tensor([SCALES[g % len(SCALES)] for g in range(num_kv_heads)])
+def scales_of(layer: Layer) -> Tensor:
+    """Scales [G, 2] that hold a layer's keys and values, other ones in neighbouring heads."""
+    greatest = torch.stack(
+        [torch.stack([x[body].abs().max() for x in (layer.k, layer.v)]) for body in layer.body]
+    ).float()
+    exponent = torch.frexp(greatest)[1] - OCTAVES
+    exponent[1::2] -= 1
+    return torch.ldexp(torch.ones_like(greatest), exponent)
 
 
 def round_layer(layer: Layer) -> tuple[Layer, Tensor, Tensor, Tensor]:
     """The layer as its bytes give it back, the bytes of k and v [N, D], and the scales."""
-    scales = scales_of(len(layer.body))
+    scales = scales_of(layer)
     own = torch.ones(len(layer.k), 2)
     for g, body in enumerate(layer.body):
         own[body] = scales[g]
