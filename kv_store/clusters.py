@@ -56,8 +56,16 @@ class ClusterTables:
 class TableBuilder:
     """The tables of all layers while held segments are put into them, one KV head at a time."""
 
-    def __init__(self, holding: Holding, widths: Mapping[tuple[int, int], tuple[int, int]]) -> None:
-        """widths: numbers of clusters and groups of each held (segment, KV head)."""
+    def __init__(
+        self,
+        holding: Holding,
+        widths: Mapping[tuple[int, int], tuple[int, int]],
+        *,
+        device: torch.device,
+    ) -> None:
+        """widths: numbers of clusters and groups of each held (segment, KV head); device: where the
+        tables are put together.
+        """
         self._holding = holding
         self._bounds = {
             letter: tuple(
@@ -71,9 +79,10 @@ class TableBuilder:
         for name, (dtype, letter, has_dim) in CLUSTER_TENSORS.items():
             num_columns = max(bounds[-1] for bounds in self._bounds[letter])
             shape = (layout.num_full_layers, len(holding.segments), num_columns)
-            self._tables[name] = zeros_host(
+            self._tables[name] = _zeros(
                 (*shape, layout.head_dim) if has_dim else shape,
                 torch.int64 if dtype == "int32" else getattr(torch, dtype),
+                device,
             )
 
     def place(self, name: str, segment_idx: int, kv_head_idx: int) -> Tensor:
@@ -111,6 +120,12 @@ class TableBuilder:
         place = self._holding.segments[head].index(segment_idx)
         bounds = self._bounds[letter][head]
         return bounds[place], bounds[place + 1]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return zeros_host(shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _bounds(widths: list[int]) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ _CODES = {
     "float16": "F16",
     "bfloat16": "BF16",
     "int32": "I32",
+    "float8_e4m3fn": "F8_E4M3",
 }
 _NAMES = {code: name for name, code in _CODES.items()}
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
-KV_DTYPES = ("float32", "bfloat16")
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "float8_e4m3fn": 1}
+FP8 = "float8_e4m3fn"
+KV_DTYPES = ("float32", "bfloat16", FP8)
 
 # Cluster tensors of a segment file: all of them, or none (a document without clusters).
 # Trailing dimensions: C clusters or P groups, then D where the last entry says so.
@@ -34,7 +35,10 @@ CLUSTER_TENSORS: dict[str, tuple[str, str, bool]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The extents that fix every shape of a document. Counts and tokens; N is `num_tokens`."""
+    """The extents that fix every shape of a document. Counts and tokens; N is `num_tokens`.
+
+    dtype: the model's, of what is stored beside KV in fp8: steady and sliding-window keys.
+    """
 
     num_tokens: int
     segment_tokens: int
@@ -46,6 +50,7 @@ class Layout:
     num_kv_heads: int
     head_dim: int
     kv_dtype: str
+    dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         extents = (self.num_tokens, self.segment_tokens, self.num_kv_heads, self.head_dim)
@@ -53,6 +58,15 @@ class Layout:
             raise ValueError(f"layout with an extent below its limit: {self}")
         if self.kv_dtype not in KV_DTYPES:
             raise ValueError(f"KV dtype {self.kv_dtype!r}; limit {', '.join(KV_DTYPES)}")
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether keys and values are stored in one byte a number."""
+        return self.kv_dtype == FP8
+
+    def slot_bytes(self, item_bytes: int) -> int:
+        """Bytes of one number of a resident body, where keys are used with item_bytes a number."""
+        return ITEM_BYTES[FP8] if self.is_fp8 else item_bytes
 
     @property
     def num_segments(self) -> int:
@@ -74,6 +88,14 @@ class Layout:
         last = max(first, min(end, self.num_tokens - self.window))
         return first - start, last - start
 
+    def steady_tokens(self, segment_idx: int) -> int:
+        """Tokens of the segment that lie in the steady zone."""
+        (start, end), (first, last) = (
+            self.segment_span(segment_idx),
+            self.clustered_span(segment_idx),
+        )
+        return end - start - (last - first)
+
     def sliding_tokens(self, segment_idx: int) -> int:
         """Tokens of the segment that its sliding-window tensors keep: its last min(S, W)."""
         start, end = self.segment_span(segment_idx)
@@ -88,9 +110,15 @@ class Layout:
             "v": (self.kv_dtype, kv),
             "positions": ("int32", kv[:2]),
         }
+        beside = self.kv_dtype
+        if self.is_fp8:
+            beside = self.dtype
+            steady = (self.num_full_layers, self.steady_tokens(segment_idx), self.head_dim)
+            shapes["steady_k"] = shapes["steady_v"] = (beside, steady)
+            shapes["scales"] = ("float32", (self.num_full_layers, 2))
         if self.num_sliding_layers:
             tail = (self.num_sliding_layers, self.sliding_tokens(segment_idx), self.head_dim)
-            shapes["sliding_k"] = shapes["sliding_v"] = (self.kv_dtype, tail)
+            shapes["sliding_k"] = shapes["sliding_v"] = (beside, tail)
         return shapes
 
     @property

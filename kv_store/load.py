@@ -23,6 +23,7 @@ from kv_store.layout import CLUSTER_TENSORS
 T = TypeVar("T")
 _File = tuple[int, int]  # (segment, KV head)
 
+_STEADY = ("steady_k", "steady_v")
 _SLIDING = ("sliding_k", "sliding_v")
 _INT_TABLES = [name for name, (dtype, _, _) in CLUSTER_TENSORS.items() if dtype == "int32"]
 _FLOAT_TABLES = [name for name in CLUSTER_TENSORS if name not in _INT_TABLES]
@@ -46,7 +47,8 @@ def load_resident(
     """
     held = Holding.whole(document.layout) if holding is None else holding
     resident = ResidentDocument(held, dtype=dtype, device=device)
-    is_direct = resident.device.type == "cpu" and dtype == torch_dtype(document.layout.kv_dtype)
+    stored = torch_dtype(document.layout.kv_dtype)
+    is_direct = resident.device.type == "cpu" and resident.slot_dtype == stored
 
     def read(file: _File) -> None:
         with document.open_head(*file, verify=verify) as tensors:
@@ -102,6 +104,10 @@ def _read_kv(
             tensors.read_into(name, byte_rows(place))
         else:
             place.copy_(tensors.read(name))
+    if resident.layout.is_fp8:
+        resident.set_scales(kv_head_idx, tensors.read("scales"))
+        steady = {name: tensors.read(name) for name in _STEADY}
+        resident.keep_steady(segment_idx, kv_head_idx, steady)
 
 
 def _load_tails(document: Document, resident: ResidentDocument, *, verify: bool) -> None:

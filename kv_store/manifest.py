@@ -77,6 +77,7 @@ class DocumentParams:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             kv_dtype=self.kv_dtype,
+            dtype=self.dtype,
         )
 
     def plain(self) -> dict[str, Any]:

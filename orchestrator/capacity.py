@@ -29,7 +29,7 @@ def document_bytes(layout: Layout, mesh: Mesh, *, item_bytes: int, keys_per_clus
     the steady zone of its head group.
     """
     slots = max(_slots_of(layout, mesh, rank) for rank in range(mesh.num_ranks))
-    per_slot = 2 * layout.head_dim * item_bytes + 4
+    per_slot = 2 * layout.head_dim * layout.slot_bytes(item_bytes) + 4
     per_cluster = 3 * 2 * layout.head_dim + 36
     tables = slots // keys_per_cluster * per_cluster if keys_per_cluster else 0
     # One group for each eight clusters.
@@ -64,6 +64,7 @@ def fitting_tokens(
 def _steady_bytes(layout: Layout, mesh: Mesh, *, item_bytes: int) -> int:
     """The steady zone of a head group, which every rank of it has."""
     keys = (layout.sinks + layout.window) * layout.num_kv_heads // mesh.heads
+    keys *= 2 if layout.is_fp8 else 1  # of a body in fp8 they are not a part
     return layout.num_full_layers * keys * 2 * layout.head_dim * item_bytes
 
 

@@ -71,7 +71,7 @@ class Client:
         name: str | None = None,
         segment_tokens: int = 8192,
         window: int = 64,
-        kv_dtype: Literal["float32", "bfloat16"] | None = None,
+        kv_dtype: Literal["float32", "bfloat16", "fp8"] | None = None,
         system: str | None = None,
         replace: bool = False,
         restart: bool = False,

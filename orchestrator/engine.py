@@ -147,8 +147,10 @@ class Engine:
                 open_s=open_s,
                 on_token=on_token,
             )
-            segment_tokens = admitted.document.context.resident.layout.segment_tokens
-            plan = self._planner.describe(answer, segment_tokens=segment_tokens)
+            layout = admitted.document.context.resident.layout
+            plan = self._planner.describe(
+                answer, segment_tokens=layout.segment_tokens, kv_dtype=layout.kv_dtype
+            )
             return replace(answer, plan=plan)
 
     def score(

@@ -7,6 +7,7 @@ Every message is one line: *what, value, limit, remedy*. The leaves keep small t
     |- UsageError                 exit code 2: wrong usage, nothing was started
     |- InputError                 the source text cannot be read or ingested
     |- ContextTooLong             more tokens than the model's context
+    |- KvOutOfRange               keys that the number format of a document cannot hold
     |- ModelMismatch              a document that another model ingested
     |- NotAdmitted                a document or question that does not fit in memory
     |- TopologyInvalid            a description of a machine that says nothing usable
@@ -51,6 +52,10 @@ class ContextTooLong(LongspanError):
 
 class ModelMismatch(LongspanError):
     """A document that another model ingested."""
+
+
+class KvOutOfRange(LongspanError):
+    """Keys or values that the number format of a document cannot hold."""
 
 
 class ModelError(LongspanError):

@@ -17,6 +17,7 @@ from kv_store import DocumentParams, DocumentWriter
 from orchestrator.cluster.executor import Executor
 from orchestrator.errors import ContextTooLong, UsageError
 from orchestrator.model.load import LoadedModel
+from orchestrator.planning import KV_DTYPES, check_kv_dtype
 from orchestrator.run_plan import RunPlanner
 from orchestrator.steps import BeginIngest, EndIngest, PrefillChunk, SealSegment
 from sparse_attn.select.centroid_build import CentroidParams
@@ -30,6 +31,7 @@ LIBRARIES = ("torch", "numpy", "longspan")
 class IngestOptions:
     """What decides a document's bytes besides text and model.
 
+    kv_dtype: a word of `KV_DTYPES`, None for the model's type;
     chunk_tokens: of prefill, at most the segment; split_tokens: of a chunk's first half, computed
     beside the second: 0 for no split, None to let the planner decide; clusters: None keeps KV in
     token order without an index (such a document answers in mode `exact` only).
@@ -51,6 +53,7 @@ class IngestOptions:
                 f"segment tokens {self.segment_tokens} is not a positive multiple of 256; give "
                 f"1024 or 8192, for example"
             )
+        check_kv_dtype(self.kv_dtype)
         if self.window < 1:
             raise UsageError(
                 f"window {self.window} is below 1 token; the last tokens are always read; give 64"
@@ -144,7 +147,7 @@ def document_params(
         tokenizer_fingerprint=model.tokenizer.fingerprint,
         rope={"full": asdict(cfg.rope), "sliding": asdict(cfg.rope_sliding)},
         dtype=dtype,
-        kv_dtype=options.kv_dtype or dtype,
+        kv_dtype=dtype if options.kv_dtype is None else KV_DTYPES[options.kv_dtype],
         segment_tokens=options.segment_tokens,
         frame_tokens=frame_tokens,
         sinks=NUM_SINKS,
@@ -255,6 +258,7 @@ def _choose_split(options: IngestOptions, planner: RunPlanner, num_tokens: int) 
         num_tokens=num_tokens,
         segment_tokens=options.segment_tokens,
         chunk_tokens=min(options.chunk_tokens, options.segment_tokens),
+        kv_dtype=None if options.kv_dtype is None else KV_DTYPES[options.kv_dtype],
     )
 
 

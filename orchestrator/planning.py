@@ -31,12 +31,15 @@ from orchestrator.types import AskOptions
 if TYPE_CHECKING:
     from orchestrator.model.config import ModelConfig
 
+KV_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "fp8": "float8_e4m3fn"}
 PLANNED_MODES = ("auto", "exact", "centroid")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """What to plan. mode `auto` compares `exact` with `centroid`; budget: as `ask` takes it."""
+    """What to plan. mode `auto` compares `exact` with `centroid`; budget: as `ask` takes it;
+    kv_dtype: as `ingest` takes it.
+    """
 
     model: str
     machine: str
@@ -46,6 +49,7 @@ class PlanRequest:
     budget: str | None = None
     question_tokens: int = 48
     answer_tokens: int = 128
+    kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in PLANNED_MODES:
@@ -59,11 +63,21 @@ class PlanRequest:
                     f"{what.replace('_', ' ')} {getattr(self, what)} is below 1; give a number of "
                     "tokens, such as 100000"
                 )
+        check_kv_dtype(self.kv_dtype)
         if self.segment_tokens < 256 or self.segment_tokens % 256:
             raise UsageError(
                 f"segment tokens {self.segment_tokens} is not a positive multiple of 256; give "
                 "1024 or 8192, for example"
             )
+
+
+def check_kv_dtype(word: str | None) -> None:
+    """Raises UsageError for what is no word of `KV_DTYPES`, and not None."""
+    if word is not None and word not in KV_DTYPES:
+        raise UsageError(
+            f"KV dtype {word!r} is none that a document has; limit {', '.join(KV_DTYPES)}; leave "
+            "it out for the model's own"
+        )
 
 
 def default_topology_file() -> Path:
@@ -90,6 +104,7 @@ def make_plan(request: PlanRequest, topology_file: Path | None = None) -> PlanRe
         question_tokens=request.question_tokens,
         answer_tokens=request.answer_tokens,
         weights_file_bytes=file_bytes,
+        kv_dtype=None if request.kv_dtype is None else KV_DTYPES[request.kv_dtype],
     )
     return find_plan(workload, topology, readings_of(request, workload))
 

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from collectives.overlap import Steps, run_pair, run_steps
 from kv_store import Holding, Layout, ResidentDocument
+from orchestrator import packing
 from orchestrator.model.decoder import Attend, Decoder, Store
 from orchestrator.place import Place, alone
 from orchestrator.sealing import cluster_together, pick, put_in_order
@@ -128,16 +129,17 @@ class PrefillAttention:
 
     def _attend_sealed(self, full_layer: int, q: Tensor) -> Part:
         """What this rank holds of the sealed segments, for all query heads of the head group."""
-        k, v = self._resident.k[full_layer], self._resident.v[full_layer]
-        spans = self._sealed_spans()
-        if self._is_whole:
+        spans, kv_heads = self._sealed_spans(), self._resident.holding.kv_heads
+        if self._is_whole and not self._resident.layout.is_fp8:
             sealed = slice(0, self._resident.num_sealed)
+            k, v = self._resident.k[full_layer], self._resident.v[full_layer]
             k, v = (x.view(len(spans), -1, x.shape[1])[:, sealed] for x in (k, v))
             return self._backend.attend(q, k, v, scale=self._scale)
         per_group, parts = self._place.group_size, []
         for head, (first, last) in enumerate(spans):
-            rows = q[:, head * per_group : (head + 1) * per_group]
-            own = k[None, first:last], v[None, first:last]
+            rows, kv_head = q[:, head * per_group : (head + 1) * per_group], kv_heads[head]
+            wide = partial(self._resident.wide_head, full_layer=full_layer, kv_head_idx=kv_head)
+            own = [wide(name, num_slots=last - first)[None] for name in ("k", "v")]
             parts.append(self._backend.attend(rows, *own, scale=self._scale))
         return _beside(parts)
 
@@ -267,6 +269,16 @@ class Prefill:
         attend, store = self._attention.at(offset)
         return self._decoder.fill_steps(ids, _positions(ids, start), attend, store)
 
+    def fit_scales(self, segment_idx: int) -> None:
+        """Of a document in fp8: choose scales by the first segment, and see that they fit the open
+        one, which is full. Raises KvOutOfRange.
+        """
+        if not self.layout.is_fp8:
+            return
+        attention = self._attention
+        k, v = (pick(x, 0, attention.full_layers) for x in (attention.open_k, attention.open_v))
+        packing.fit_scales(self.resident, segment_idx, k, v)
+
     def build(self, segment_idx: int) -> dict[int, dict[str, Tensor]]:
         """The named tensors of the open segment, which is full, by KV head: everything that its
         file holds where this rank owns it, elsewhere what sliding-window layers keep.
@@ -282,12 +294,16 @@ class Prefill:
     def _build(self, segment_idx: int) -> dict[int, dict[str, Tensor]]:
         attention, layout, kv_heads = self._attention, self.layout, self.place.kv_heads
         start, stop = layout.segment_span(segment_idx)
-        stored = getattr(torch, layout.kv_dtype)
-        k, v = (x[:, :, : stop - start].to(stored) for x in (attention.open_k, attention.open_v))
+        k, v = (x[:, :, : stop - start] for x in (attention.open_k, attention.open_v))
+        if not layout.is_fp8:
+            k, v = (x.to(getattr(torch, layout.kv_dtype)) for x in (k, v))
         full, sliding = attention.full_layers, attention.sliding_layers
         kept = stop - start - layout.sliding_tokens(segment_idx)
         heads: dict[int, dict[str, Tensor]] = {kv_head_idx: {} for kv_head_idx in kv_heads}
-        full_k, full_v = (pick(x, 0, full) for x in (k, v))
+        full_k, full_v = given_k, given_v = [pick(x, 0, full) for x in (k, v)]
+        if layout.is_fp8:
+            scales = packing.scales_of(self.resident)
+            full_k, full_v = packing.rounded(scales, given_k, given_v)
         clusters = cluster_together(
             full_k, full_v, layout.clustered_span(segment_idx), self._clusters, self.place.context
         )
@@ -301,6 +317,11 @@ class Prefill:
             tensors["positions"] += start
             for i, head in enumerate(owned):
                 heads[head] = {name: x[:, i].contiguous() for name, x in tensors.items()}
+                if layout.is_fp8:
+                    steady = {"k": given_k[:, own[i]], "v": given_v[:, own[i]]}
+                    heads[head] = packing.pack_head(
+                        scales[:, own[i]], layout.clustered_span(segment_idx), heads[head], steady
+                    )
         if sliding:
             for i, head in enumerate(kv_heads):
                 heads[head]["sliding_k"] = k[sliding, i, kept:].contiguous()

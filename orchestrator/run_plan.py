@@ -47,12 +47,19 @@ class RunPlanner:
         return RunPlanner(cfg=cfg, mesh=mesh, threads=threads, topology=topology)
 
     def choose_split(
-        self, *, num_tokens: int, segment_tokens: int, chunk_tokens: int
+        self,
+        *,
+        num_tokens: int,
+        segment_tokens: int,
+        chunk_tokens: int,
+        kv_dtype: str | None = None,
     ) -> int | None:
         """Tokens of a chunk's first half, or None where no split is predicted to be faster."""
         if self.topology is None or self.mesh.num_ranks == 1:
             return None
-        workload = Workload(cfg=self.cfg, num_tokens=num_tokens, segment_tokens=segment_tokens)
+        workload = Workload(
+            cfg=self.cfg, num_tokens=num_tokens, segment_tokens=segment_tokens, kv_dtype=kv_dtype
+        )
         reading = Reading(mode="exact")
         plans = [
             self._predict(workload, chunk_tokens, split, reading)
@@ -64,7 +71,9 @@ class RunPlanner:
         best = min(found, key=lambda plan: plan.prediction.ingest.total_s)
         return best.choice.split_tokens
 
-    def describe(self, answer: Answer, *, segment_tokens: int) -> dict[str, Any] | None:
+    def describe(
+        self, answer: Answer, *, segment_tokens: int, kv_dtype: str | None = None
+    ) -> dict[str, Any] | None:
         """The `plan` of an answer: predicted and measured seconds, and the mesh; None where nothing
         is predicted of its mode.
         """
@@ -79,6 +88,7 @@ class RunPlanner:
             segment_tokens=segment_tokens,
             question_tokens=usage.question_tokens,
             answer_tokens=max(1, usage.completion_tokens),
+            kv_dtype=kv_dtype,
         )
         steady = workload.sinks + workload.window
         reading = Reading(

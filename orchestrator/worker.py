@@ -249,11 +249,15 @@ class Worker:
         self._ingests[action.document] = _Ingest(prefill=prefill, files=files)
 
     def _read_sealed(self, files: SegmentFiles, segment_idx: int) -> dict[int, dict[str, Tensor]]:
-        """What this rank needs of a sealed segment: its own KV heads, and sliding-window keys."""
-        has_sliding = files.layout.num_sliding_layers > 0
+        """What this rank needs of a sealed segment: its own KV heads, sliding-window keys, and of
+        the first one the scales of a document in fp8.
+        """
+        needs_all = files.layout.num_sliding_layers > 0 or (
+            files.layout.is_fp8 and segment_idx == 0
+        )
         return {
             kv_head_idx: files.read(segment_idx, kv_head_idx)
-            if has_sliding or self.place.owns(segment_idx, kv_head_idx)
+            if needs_all or self.place.owns(segment_idx, kv_head_idx)
             else {}
             for kv_head_idx in self.place.kv_heads
         }
@@ -265,6 +269,7 @@ class Worker:
 
     def _seal_segment(self, action: SealSegment) -> dict[int, FileEntry]:
         ingest, segment_idx = self._ingests[action.document], action.segment_idx
+        self._agree(lambda: ingest.prefill.fit_scales(segment_idx))
         heads = ingest.prefill.build(segment_idx)
         owned = {head: x for head, x in heads.items() if self.place.owns(segment_idx, head)}
         entries = self._agree(lambda: ingest.files.write(segment_idx, owned))

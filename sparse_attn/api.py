@@ -56,7 +56,15 @@ class Backend(Protocol):
     def merge_tree_lse(self, lses: Tensor) -> Tensor: ...
 
     def attend_runs(
-        self, q: Tensor, k: Tensor, v: Tensor, runs: Runs, *, scale: float, keeps: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        runs: Runs,
+        *,
+        scale: float,
+        keeps: bool,
+        scales: Tensor | None = None,
     ) -> tuple[Part, Kept | None]: ...
 
     def score_units(self, q: Tensor, units: Units, *, scale: float) -> Scores: ...
@@ -84,6 +92,7 @@ class Backend(Protocol):
         is_estimating: bool,
         keeps: bool,
         closed: tuple[Units, Scores] | None = None,
+        scales: Tensor | None = None,
     ) -> UnitsRead: ...
 
     def spread_evidence(self, evidence: Tensor, kept: Kept, lse_read: Tensor) -> None: ...
@@ -98,6 +107,7 @@ class Backend(Protocol):
         scale: float,
         num_strata: int,
         generator: torch.Generator,
+        scales: Tensor | None = None,
     ) -> Missed: ...
 
 

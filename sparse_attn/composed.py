@@ -22,12 +22,14 @@ from torch import Tensor
 
 from sparse_attn import state
 from sparse_attn.estimate import Missed, sample_missed
+from sparse_attn.fold_parts import FoldParts, keep_units, side_by_side
 from sparse_attn.folds import NUM_FOLDS, Kept, Runs
 from sparse_attn.select.base import Limit, Tail
 from sparse_attn.select.centroid import Units, expand_runs
 from sparse_attn.select.take import take
 from sparse_attn.state import Part, merge_parts
 from sparse_attn.step import Ranks, Scores, UnitsRead
+from sparse_attn.stored import check_scales, widen
 
 
 class Composed:
@@ -93,18 +95,29 @@ class Composed:
         return state.merge_tree_lse(lses)
 
     def attend_runs(
-        self, q: Tensor, k: Tensor, v: Tensor, runs: Runs, *, scale: float, keeps: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        runs: Runs,
+        *,
+        scale: float,
+        keeps: bool,
+        scales: Tensor | None = None,
     ) -> tuple[Part, Kept | None]:
         """Attention of q [T, H, D] over every slot of `runs`, and if `keeps` the last query's
-        scores.
+        scores. scales: [G, 2] float32, of a head's keys and values in e4m3, None of others.
         """
-        folds, kept = _Folds(q, runs.num_kv_heads), []
+        check_scales(k, scales)
+        folds, kept = FoldParts(q, runs.num_kv_heads), []
         operations = self._operations
         for g in range(runs.num_kv_heads):
             own = folds.queries(g)
             for fold in range(NUM_FOLDS):
                 for run in runs.of_fold(g, fold):
-                    keys, values = _aligned(k[run]), _aligned(v[run])
+                    keys, values = (
+                        _aligned(widen(x[run], scales, g, i, q.dtype)) for i, x in enumerate((k, v))
+                    )
                     if q.shape[0] == 1:
                         part, scores = operations.attend_scored(
                             own, keys, values, visible=None, scale=scale
@@ -118,7 +131,7 @@ class Composed:
         if not keeps:
             return self.merge_tree(*folds.parts), None
         bounds = torch.cat([runs.bounds[:, 0], runs.bounds[-1:, -1]])
-        scores = _side_by_side(kept, folds.per_group, q.device)
+        scores = side_by_side(kept, folds.per_group, q.device)
         kept_runs = Kept(first=runs.first, count=runs.count, bounds=bounds, scores=scores)
         return self.merge_tree(*folds.parts), kept_runs
 
@@ -198,18 +211,26 @@ class Composed:
         is_estimating: bool,
         keeps: bool,
         closed: tuple[Units, Scores] | None = None,
+        scales: Tensor | None = None,
     ) -> UnitsRead:
         """Attention over the units that each query of the tile takes [G, T, U] bool and, if
         `is_estimating`, what stands for the others and for the `closed` units (groups that the
-        look-up did not open). May overwrite scores.log_mass; `keeps` the last query's scores.
+        look-up did not open). May overwrite scores.log_mass; `keeps` the last query's scores;
+        scales: as in `attend_runs`.
         """
+        check_scales(k, scales)
         per_head = taken.repeat_interleave(q.shape[1] // taken.shape[0], dim=0).transpose(0, 1)
         log_mass = scores.log_mass.masked_fill(per_head, -math.inf)
-        read, rest = _Folds(q, taken.shape[0]), _Folds(q, taken.shape[0])
+        read, rest = FoldParts(q, taken.shape[0]), FoldParts(q, taken.shape[0])
         kept = []
         for g, fold, columns in units.each_fold():
             part, last = self._attend_taken(
-                read.queries(g), k, v, units, taken[g, :, columns], (g, columns), scale=scale
+                read.queries(g),
+                (k, v, scales),
+                units,
+                taken[g, :, columns],
+                (g, columns),
+                scale=scale,
             )
             if part is not None:
                 read.add(g, fold, part)
@@ -229,7 +250,7 @@ class Composed:
             tail=tail,
             num_attended=(taken * units.sizes.unsqueeze(1)).sum(dim=2),
             num_read=(taken.any(dim=1) * units.sizes).sum(dim=1),
-            kept=_kept_units(units, taken[:, -1], kept, read.per_group) if keeps else None,
+            kept=keep_units(units, taken[:, -1], kept, read.per_group) if keeps else None,
         )
 
     def spread_evidence(self, evidence: Tensor, kept: Kept, lse_read: Tensor) -> None:
@@ -262,31 +283,44 @@ class Composed:
         scale: float,
         num_strata: int,
         generator: torch.Generator,
+        scales: Tensor | None = None,
     ) -> Missed:
         """A sample of what each query and head of one caller's tail missed; see `estimate.py`."""
+        check_scales(k, scales)
         return sample_missed(
-            q, k, tail, lse_read, scale=scale, num_strata=num_strata, generator=generator
+            q,
+            k,
+            tail,
+            lse_read,
+            scale=scale,
+            num_strata=num_strata,
+            generator=generator,
+            scales=scales,
         )
 
     def _attend_taken(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        stored: tuple[Tensor, Tensor, Tensor | None],
         units: Units,
         taken: Tensor,
         place: tuple[int, slice],
         *,
         scale: float,
     ) -> tuple[Part | None, Tensor]:
-        """One head's fold: the units taken [T, n] of `place`, and the last query's scores."""
-        g, columns = place
+        """One head's fold: the units taken [T, n] of `place`, and the last query's scores; stored:
+        keys, values and their scales.
+        """
+        (g, columns), (k, v, scales) = place, stored
         starts, sizes = units.starts[g, columns], units.sizes[g, columns]
         slots, run = (x[0] for x in expand_runs(starts[None], sizes[None], taken.any(dim=0)[None]))
         if slots.shape[0] == 0:
             return None, slots
         visible = taken[:, run] if q.shape[0] > 1 else None
-        keys, values = (self._operations.gather_rows(x, slots) for x in (k, v))
+        keys, values = (
+            widen(self._operations.gather_rows(x, slots), scales, g, i, q.dtype)
+            for i, x in enumerate((k, v))
+        )
         part, scores = self._operations.attend_scored(q, keys, values, visible=visible, scale=scale)
         return part, scores[-1] if visible is None else scores[-1][:, visible[-1]]
 
@@ -298,49 +332,6 @@ class Composed:
             units.sizes[g, columns],
         )
         return part
-
-
-class _Folds:
-    """A part for each fold, all of them empty at first."""
-
-    def __init__(self, q: Tensor, num_kv_heads: int) -> None:
-        self._q = q
-        self.per_group = q.shape[1] // num_kv_heads
-        out = torch.zeros((NUM_FOLDS, *q.shape), dtype=torch.float32, device=q.device)
-        self.parts = Part(out, out.new_full(out.shape[:-1], -math.inf))
-        self._filled: set[tuple[int, int]] = set()
-
-    def queries(self, g: int) -> Tensor:
-        """The queries [T, H/G, D] of KV head g."""
-        return self._q[:, g * self.per_group : (g + 1) * self.per_group]
-
-    def add(self, g: int, fold: int, part: Part) -> None:
-        """One more part of head g's fold, merged after those before."""
-        heads = slice(g * self.per_group, (g + 1) * self.per_group)
-        own = Part(self.parts.out[fold, :, heads], self.parts.lse[fold, :, heads])
-        if (g, fold) in self._filled:  # an empty part would change no bit
-            part = merge_parts([own, part])
-        self._filled.add((g, fold))
-        own.out.copy_(part.out)
-        own.lse.copy_(part.lse)
-
-
-def _kept_units(units: Units, taken: Tensor, scores: list[Tensor], per_group: int) -> Kept:
-    """The last query's scores over the units that it took [G, U], head after head."""
-    taken = taken & (units.sizes > 0)
-    counts = taken.sum(dim=1).cumsum(dim=0)
-    return Kept(
-        first=units.starts[taken],
-        count=units.sizes[taken],
-        bounds=torch.cat([counts.new_zeros(1), counts]),
-        scores=_side_by_side(scores, per_group, taken.device),
-    )
-
-
-def _side_by_side(scores: list[Tensor], per_group: int, device: torch.device) -> Tensor:
-    if not scores:
-        return torch.zeros(per_group, 0, device=device)
-    return torch.cat(scores, dim=1)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparse_attn.select.base import Tail
 from sparse_attn.state import log_add
-from sparse_attn.torch_backend import fold_rows, log_sum_exp, unfold_rows
+from sparse_attn.torch_backend import fold_rows, gather_rows, log_sum_exp, unfold_rows
 
 # Share of the draws that ignores the estimated masses: no unread key is ever out of reach.
 UNIFORM_SHARE = 0.2
@@ -47,10 +47,12 @@ def sample_missed(
     scale: float,
     num_strata: int,
     generator: torch.Generator,
+    scales: Tensor | None = None,
 ) -> Missed:
     """Estimate the mass that was not read, from 2 * num_strata unread keys a query and head.
 
-    q: [T, H, D]; k: [N, D]; lse_read: [T, H], natural log of all that was read, by any caller.
+    q: [T, H, D]; k: [N, D]; scales: [G, 2] where k is in e4m3; lse_read: [T, H], natural log of
+    all that was read, by any caller.
     Draws from `generator` (a CPU generator); reads T * H * 2 * num_strata keys.
     """
     num_kv_heads = tail.sizes.shape[0]
@@ -61,6 +63,8 @@ def sample_missed(
     probabilities, has_unread = _draw_probabilities(log_mass, tail.sizes)
     slots, weights = _draw(probabilities, tail, num_strata, generator)
     scores = _scores_at(fold_rows(q, num_kv_heads), k, slots).mul_(scale)
+    if scales is not None:
+        scores *= scales[:, 0, None, None]
     log_read = fold_rows(lse_read.unsqueeze(-1), num_kv_heads)
     ratio = weights * torch.exp((scores - log_read).clamp_(max=MAX_LOG_RATIO))
     ratio = ratio.masked_fill_(~has_unread.unsqueeze(-1), 0.0)
@@ -144,5 +148,5 @@ def _draw(
 
 def _scores_at(rows: Tensor, k: Tensor, slots: Tensor) -> Tensor:
     """Products of rows [G, R, D] with the keys at slots [G, R, n] of k [N, D], float32."""
-    keys = k.index_select(0, slots.flatten().clamp(min=0)).view(*slots.shape, k.shape[1])
+    keys = gather_rows(k, slots.flatten().clamp(min=0)).view(*slots.shape, k.shape[1])
     return torch.matmul(keys.float(), rows.float().unsqueeze(-1)).squeeze(-1)

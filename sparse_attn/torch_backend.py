@@ -135,6 +135,8 @@ def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     if x.element_size() == 2 and x.shape[1] % 2 == 0:
         # Two halves move as one word: half as many elements, and the fast path of index_select.
         return x.view(torch.int32).index_select(0, rows).view(x.dtype)
+    if x.element_size() == 1:  # torch moves bytes, not numbers of 8 bits
+        return x.view(torch.uint8).index_select(0, rows).view(x.dtype)
     return x.index_select(0, rows)
 
 

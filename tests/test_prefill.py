@@ -18,9 +18,11 @@ from tests.tiny_model import SEGMENT_TOKENS, save_tiny_model
 NUM_TOKENS = 2 * SEGMENT_TOKENS + 40
 
 
-def make_prefill(model: LoadedModel) -> Prefill:
+def make_layout(
+    model: LoadedModel, *, kv_dtype: str = "float32", dtype: str = "bfloat16"
+) -> Layout:
     cfg = model.cfg
-    layout = Layout(
+    return Layout(
         num_tokens=NUM_TOKENS,
         segment_tokens=SEGMENT_TOKENS,
         sinks=4,
@@ -30,8 +32,13 @@ def make_prefill(model: LoadedModel) -> Prefill:
         sliding_window=max((w for w in cfg.windows if w is not None), default=0),
         num_kv_heads=cfg.num_kv_heads,
         head_dim=cfg.head_dim,
-        kv_dtype="float32",
+        kv_dtype=kv_dtype,
+        dtype=dtype,
     )
+
+
+def make_prefill(model: LoadedModel) -> Prefill:
+    layout = make_layout(model)
     return Prefill(model.decoder, find_backend("torch"), layout, clusters=CentroidParams())
 
 

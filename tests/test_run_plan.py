@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from orchestrator.planner import Topology, encode_topology, parse_machine, publi
 from orchestrator.run_plan import RunPlanner
 from tests.tiny_model import QUESTION, SEGMENT_TOKENS, TEXT, save_tiny_model
 
-LARGE = {"num_tokens": 64_000, "segment_tokens": 8192, "chunk_tokens": 8192}
+LARGE: dict[str, Any] = {"num_tokens": 64_000, "segment_tokens": 8192, "chunk_tokens": 8192}
 
 
 @pytest.fixture(scope="module")

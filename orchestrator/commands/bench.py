@@ -46,13 +46,29 @@ def amortised(
 @click.option("--segment-tokens", type=int, default=8192, show_default=True)
 @click.option("--budget", default="2048", show_default=True)
 @click.option("--repeats", type=int, default=20, show_default=True)
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(["float32", "bfloat16", "fp8"]),
+    help="Of the document's KV [that of --dtype].",
+)
+@click.option("--keys-per-cluster", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--clusters-per-group", type=click.IntRange(1), default=8, show_default=True)
 @JSON
 @engine_options
 def decode(
-    tokens: int, segment_tokens: int, budget: str, repeats: int, as_json: bool, **options: Any
+    tokens: int,
+    segment_tokens: int,
+    budget: str,
+    repeats: int,
+    kv_dtype: str | None,
+    keys_per_cluster: int,
+    clusters_per_group: int,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """One decode step on a synthetic document; made for --model shape:NAME[@LAYERS]."""
     from orchestrator.evaluation.decode_bench import measure_decode
+    from sparse_attn.select.centroid_build import CentroidParams
 
     with load_engine(options) as engine:
         timings = measure_decode(
@@ -63,6 +79,10 @@ def decode(
             modes=("exact", "centroid"),
             budget=budget,
             repeats=repeats,
+            kv_dtype=kv_dtype,
+            clusters=CentroidParams(
+                keys_per_cluster=keys_per_cluster, clusters_per_group=clusters_per_group
+            ),
         )
     if not as_json:
         click.echo(timings[0].notice)

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     "--window", type=int, default=64, show_default=True, help="Last tokens that are always read."
 )
 @click.option(
-    "--kv-dtype", type=click.Choice(["float32", "bfloat16"]), help="Of stored KV [that of --dtype]."
+    "--kv-dtype",
+    type=click.Choice(["float32", "bfloat16", "fp8"]),
+    help="Of stored KV [that of --dtype]; fp8: one byte a number.",
 )
 @click.option("--prefill", type=click.Choice(["exact"]), default="exact", show_default=True)
 @click.option("--replace", is_flag=True, help="Replace a finished document of this name.")

@@ -28,6 +28,11 @@ _COLUMNS = "  {:<6} {:>6} {:>6}  {:<8} {:>10} {:>9} {:>12} {:>10} {:>11}"
 @click.option("--budget", help="Keys that centroid reads, such as 2048 or 12.5%.")
 @click.option("--segment-tokens", type=int, default=8192, show_default=True)
 @click.option(
+    "--kv-dtype",
+    type=click.Choice(["float32", "bfloat16", "fp8"]),
+    help="Of stored KV, as ingest takes it [the machine's].",
+)
+@click.option(
     "--topology", type=click.Path(path_type=Path), help="File of longspan calibrate [the default]."
 )
 @JSON
@@ -38,6 +43,7 @@ def plan(
     mode: str,
     budget: str | None,
     segment_tokens: int,
+    kv_dtype: str | None,
     topology: Path | None,
     as_json: bool,
 ) -> None:
@@ -55,11 +61,20 @@ def plan(
         segment_tokens=segment_tokens,
         mode=mode,
         budget=budget,
+        kv_dtype=kv_dtype,
     )
     report = make_plan(request, topology)
     if as_json:
         stated = {"model": model, "machine": gpus, "tokens": tokens, "mode": mode, "budget": budget}
-        echo_json({"schema": 1, **stated, "segment_tokens": segment_tokens, **report.to_json()})
+        echo_json(
+            {
+                "schema": 1,
+                **stated,
+                "segment_tokens": segment_tokens,
+                "kv_dtype": kv_dtype,
+                **report.to_json(),
+            }
+        )
     else:
         click.echo("\n".join(_lines(request, report)))
 

@@ -23,13 +23,19 @@ from sparse_attn.select.centroid_build import CentroidParams
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeTiming:
-    """One mode on one length; limit_s: step_bytes at the bandwidth that this run measured."""
+    """One mode on one length; limit_s: step_bytes at the bandwidth that this run measured; build_s:
+    of the document.
+    """
 
     notice: str
     model: str
     mode: str
     levels: int
     num_tokens: int
+    kv_dtype: str
+    keys_per_cluster: int
+    clusters_per_group: int
+    build_s: float
     bandwidth_bytes_per_s: float
     step_bytes: int
     limit_s: float
@@ -51,24 +57,32 @@ def measure_decode(
     modes: tuple[Mode, ...],
     budget: str,
     repeats: int,
+    kv_dtype: str | None = None,
+    clusters: CentroidParams | None = None,
 ) -> list[DecodeTiming]:
-    """Time one-token forwards in each mode on the same synthetic document."""
-    decoder, cfg = model.decoder, model.cfg
+    """Time one-token forwards in each mode on the same synthetic document; kv_dtype: as in
+    `IngestOptions`.
+    """
+    decoder, cfg, clusters = model.decoder, model.cfg, clusters or CentroidParams()
+    began = time.perf_counter()
     context = synthetic_context(
         cfg,
         num_tokens=num_tokens,
         segment_tokens=segment_tokens,
         dtype=decoder.dtype,
         device=decoder.device,
+        kv_dtype=kv_dtype,
+        clusters=clusters,
     )
-    bandwidth = measure_read_bandwidth(decoder.device)
+    bandwidth = measure_read_bandwidth(decoder.device)  # waits for what was queued
+    build_s = time.perf_counter() - began
     timings = []
     for mode in modes:
         decision = decide(
             AskOptions(mode=mode, budget=budget if mode == "centroid" else None),
             num_tokens=num_tokens,
             num_steady=context.num_steady,
-            keys_per_cluster=CentroidParams().keys_per_cluster,
+            keys_per_cluster=clusters.keys_per_cluster,
         )
         plan = AttentionPlan(
             mode=mode,
@@ -95,6 +109,10 @@ def measure_decode(
                 mode=mode,
                 levels=decision.levels,
                 num_tokens=num_tokens,
+                kv_dtype=context.resident.layout.kv_dtype,
+                keys_per_cluster=clusters.keys_per_cluster,
+                clusters_per_group=clusters.clusters_per_group,
+                build_s=build_s,
                 bandwidth_bytes_per_s=bandwidth,
                 step_bytes=step_bytes,
                 limit_s=step_bytes / bandwidth,

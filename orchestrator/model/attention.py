@@ -180,6 +180,7 @@ class QuestionAttention:
             is_estimating=self._plan.mode != "window",
             keeps=is_last,
             closed=found.closed,
+            scales=resident.scales[full_layer],
         )
         body, lse_body = _merge_reads(self._ranks, read, backend)
         lse_read = backend.merge_tree_lse(torch.stack([steady.lse, lse_body]))
@@ -217,6 +218,7 @@ class QuestionAttention:
             scale=self._scale,
             num_strata=self._num_strata,
             generator=self._generator,
+            scales=self._context.resident.scales[full_layer],
         )
         missed = _add_over(self._ranks, missed)
         self._recorder.add_recall(
@@ -248,6 +250,7 @@ class QuestionAttention:
             self._context.runs,
             scale=self._scale,
             keeps=keeps,
+            scales=resident.scales[full_layer],
         )
 
     def _merge(self, parts: list[Part]) -> Part:

@@ -157,17 +157,16 @@ def _share_steady(
     )
     k, v = (torch.zeros(shape, dtype=resident.dtype, device=resident.device) for _ in range(2))
     for segment_idx, kv_head_idx in holding.files:
+        if not layout.steady_tokens(segment_idx):
+            continue
         first, last = layout.clustered_span(segment_idx)
         start, end = layout.segment_span(segment_idx)
         head = kv_head_idx - holding.first_kv_head
-        for from_token, to_token in ((0, first), (last, end - start)):
-            if from_token == to_token:
-                continue
-            token = start + from_token
-            place_of = token if token < num_sinks else token - layout.num_tokens + shape[2]
-            for target, name in ((k, "k"), (v, "v")):
-                steady = resident.slots(name, segment_idx, kv_head_idx)[:, from_token:to_token]
-                target[:, head, place_of : place_of + to_token - from_token] = steady
+        tokens = torch.tensor([*range(start, start + first), *range(start + last, end)])
+        places = torch.where(tokens < num_sinks, tokens, tokens - layout.num_tokens + shape[2])
+        for target, name in ((k, "k"), (v, "v")):
+            steady = resident.steady_rows(name, segment_idx, kv_head_idx)
+            target[:, head].index_copy_(1, places.to(target.device), steady)
     for tensor in (k, v):
         place.context.all_reduce_(tensor)  # every key is one rank's, and zero elsewhere
     return k, v

@@ -67,6 +67,7 @@ class Plans:
             runs=context.runs,
             k=resident.k,
             v=resident.v,
+            scales=resident.scales,
             steady_k=self.full.k,
             steady_v=self.full.v,
             indexes=[] if plan.mode == "exact" else [context.index(i) for i in layers],

@@ -126,7 +126,7 @@ class Cost:
         the keys once more, for the evidence.
         """
         D, held = self.workload.cfg.head_dim, max(self.slots.held)
-        kv_bytes = 2.0 * held * D * self.topology.item_bytes
+        kv_bytes = 2.0 * held * D * self.layout.slot_bytes(self.topology.item_bytes)
         read_s = kv_bytes / self.rates.kv_bytes_per_s * self.contention.stream
         if T == 1:
             return read_s
@@ -151,7 +151,7 @@ class Cost:
         share = max(self.slots.held) / max(1, self.layout.num_tokens * self.heads.group_kv_heads)
         keys = min(reading.keys, self.layout.num_tokens) * share * self.heads.group_kv_heads
         table_bytes = 3.0 * D * _HALF * units
-        kv_bytes = 2.0 * D * self.topology.item_bytes * keys * T
+        kv_bytes = 2.0 * D * self.layout.slot_bytes(self.topology.item_bytes) * keys * T
         read_s = (table_bytes + kv_bytes) / self.rates.lookup_bytes_per_s
         if T == 1:
             return read_s * self.contention.stream

@@ -77,10 +77,12 @@ def kv_bytes(workload: Workload, mesh: Mesh, rank: int, dtype: str, item_bytes: 
     """
     cfg, layout = workload.cfg, workload.layout(dtype)
     slots = slot_share(layout, mesh, workload.clusters).held[rank]
-    per_slot = 2 * cfg.head_dim * item_bytes + _INT
+    per_slot = 2 * cfg.head_dim * layout.slot_bytes(item_bytes) + _INT
+    scales = 2 * _FLOAT * head_share(cfg, mesh).group_kv_heads if layout.is_fp8 else 0
     sliding_tokens = min(workload.num_tokens, layout.sliding_window)
     sliding = 2 * cfg.head_dim * item_bytes * sliding_tokens * head_share(cfg, mesh).group_kv_heads
-    return layout.num_full_layers * slots * per_slot + layout.num_sliding_layers * sliding
+    per_layer = slots * per_slot + scales
+    return layout.num_full_layers * per_layer + layout.num_sliding_layers * sliding
 
 
 def table_bytes(workload: Workload, mesh: Mesh, rank: int, dtype: str, *, is_indexed: bool) -> int:
@@ -177,6 +179,11 @@ def chunk_phase(workload: Workload, choice: Choice, topology: Topology) -> Phase
     sealed = T * heads.group_heads * cfg.head_dim
     parts = [sealed * item, sealed * item, sealed * _FLOAT, own * _FLOAT, own * _FLOAT]
     attention = [*stream, *projected, *rotation, *causal, *parts]
+    layout = workload.layout(topology.dtype)
+    if layout.is_fp8:  # keys and values of one head's sealed segments, as numbers
+        slots = slot_share(layout, choice.mesh, workload.clusters)
+        sealed_slots = max(slots.sealed) // heads.group_kv_heads
+        attention += 2 * [sealed_slots * cfg.head_dim * item]
     attention += _gathered(T * cfg.num_heads * cfg.head_dim * item, choice.mesh)
     inner = [3 * T * shard.mlp.width * item]  # gate, up, and the activation
     mlp = [*stream, *inner, *_gathered(T * cfg.mlp_dim * item, choice.mesh)]
@@ -200,6 +207,8 @@ def cluster_phases(workload: Workload, choice: Choice, topology: Topology) -> li
     batch = min(B, max(1, _MAX_DISTANCE_BYTES[topology.is_cpu] // max(1, distance)))
     some = batch * clusters * D * _FLOAT
     own = [whole, whole, *widened]
+    if layout.is_fp8:  # as they were, and as the store gives them back
+        own += [whole, whole]
     kmeans = [*own, batch * distance, batch * tokens * D * _FLOAT, some, some, labels]
     statistics = [*own, wide, wide, labels, labels, B * units * unit]
     moved, tables = kept * tokens * D * item, kept * units * unit

@@ -48,7 +48,7 @@ class Workload:
 
     num_tokens: of the document, frame included; sinks, window: its steady zone;
     weights_file_bytes: of the largest file that weights are read from, which the process maps while
-    it reads; 0 where there is none.
+    it reads; 0 where there is none; kv_dtype: of what is stored, None for the machine's type.
     """
 
     cfg: ModelConfig
@@ -60,9 +60,10 @@ class Workload:
     answer_tokens: int = 128
     weights_file_bytes: int = 0
     clusters: ClusterRule = ClusterRule()
+    kv_dtype: str | None = None
 
     def layout(self, dtype: str) -> Layout:
-        """The document's shapes with KV kept as `dtype`."""
+        """The document's shapes where the model computes in `dtype`."""
         cfg = self.cfg
         return Layout(
             num_tokens=self.num_tokens,
@@ -74,7 +75,8 @@ class Workload:
             sliding_window=max((w for w in cfg.windows if w is not None), default=0),
             num_kv_heads=cfg.num_kv_heads,
             head_dim=cfg.head_dim,
-            kv_dtype=dtype,
+            kv_dtype=self.kv_dtype or dtype,
+            dtype=dtype,
         )
 
 

@@ -37,7 +37,7 @@ class IngestSettings(Request):
 
     segment_tokens: Annotated[int, Field(ge=256, le=1 << 20, multiple_of=256)] = 8192
     window: Annotated[int, Field(ge=1, le=1 << 16)] = 64
-    kv_dtype: Literal["float32", "bfloat16"] | None = None
+    kv_dtype: Literal["float32", "bfloat16", "fp8"] | None = None
     system: Annotated[str, Field(min_length=1, max_length=MAX_SYSTEM_CHARS)] | None = None
     replace: bool = False
     restart: bool = False

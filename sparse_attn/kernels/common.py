@@ -69,6 +69,34 @@ def address(at, kind):
 
 
 @triton.jit
+def fit_queries(x, KV: tl.constexpr, STORED: tl.constexpr):
+    """Rows of queries [R, D] in the type in which they meet stored keys, and what to multiply
+    products by: [R], a power of two.
+
+    Keys in e4m3 are widened to half, which holds each of them, and of a query whose greatest
+    element is below 1 all that matters beside that one; where queries are float32, to float32.
+    """
+    x = x.to(tl.float32)
+    power = tl.full((x.shape[0],), 1.0, tl.float32)
+    if tl.float8e4nv == STORED and tl.float32 != KV:
+        greatest = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
+        power = tl.exp2(tl.floor(tl.log2(greatest)) + 1.0)
+        x = (x / power[:, None]).to(tl.float16)
+    return x, power
+
+
+@triton.jit
+def load_stored(base, row, is_row, D: tl.constexpr, KV: tl.constexpr, STORED: tl.constexpr):
+    """Rows [n, D] of a table of keys or values as `fit_queries` fits queries to them: numbers of
+    type KV, or what stands for them in e4m3, to be multiplied by their head's scale.
+    """
+    x = tl.load(rows_at(base, row, D), mask=is_row[:, None], other=0.0)
+    if tl.float8e4nv == STORED:
+        x = x.to(tl.float32 if tl.float32 == KV else tl.float16)
+    return x
+
+
+@triton.jit
 def rows_at(base, row, D: tl.constexpr):
     """Pointers [n, D] to rows [n] of a table of width D that begins at a multiple of 16 bytes,
     which the compiler cannot know of an address that was loaded: rows are read in vectors.

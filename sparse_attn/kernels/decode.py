@@ -16,22 +16,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_attn.errors import ShapeMismatch
-from sparse_attn.folds import NUM_FOLDS, Runs
-from sparse_attn.kernels.decode_checks import check_heads, check_keys, check_layer
-from sparse_attn.kernels.dense import (
-    FAR_BEFORE,
-    RUN_COLUMNS,
-    STEADY_SLOTS,
-    attend_runs_kernel,
-    run_slots,
-    spread_kernel,
+from sparse_attn.errors import AttentionError, ShapeMismatch
+from sparse_attn.folds import Runs
+from sparse_attn.kernels.decode_checks import (
+    check_body,
+    check_heads,
+    check_keys,
+    check_layer,
 )
+from sparse_attn.kernels.dense import attend_runs_kernel, spread_kernel
 from sparse_attn.kernels.merge import merge_kernel, merge_options
+from sparse_attn.kernels.pieces import count_steady, runs_of, split_runs, steady_pieces
 from sparse_attn.select.centroid import CentroidIndex
 
 _SPREAD = 1024  # slots of a program of `spread_kernel`
-KV_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+KV_TYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +68,8 @@ class DecodeDocument:
     """A document as plans need it. runs: the body's slots; per layer: k, v [N, D] (none where every
     key is steady), index (none where no plan selects), and the steady buffers [G, capacity, D] in
     token order, contiguous, finite also where nothing was written yet. num_keys: of the whole
-    document's body over its KV heads, where `runs` has a share of it.
+    document's body over its KV heads, where `runs` has a share of it. scales: per layer, [G, 2]
+    float32 of a head's keys and values where the body is in e4m3, else None; steady keys are not.
     """
 
     runs: Runs
@@ -74,6 +79,17 @@ class DecodeDocument:
     steady_v: Sequence[Tensor]
     indexes: Sequence[CentroidIndex] = ()
     num_keys: int | None = None
+    scales: Sequence[Tensor | None] = ()
+
+    def scales_of(self, layer: int) -> Tensor | None:
+        """Scales of a layer of the body, None where it has none."""
+        return self.scales[layer] if self.scales else None
+
+    def addresses(self, layer: int) -> list[int]:
+        """Where a layer's keys, values and scales of the body begin; 0 for none."""
+        scales = self.scales_of(layer)
+        at = 0 if scales is None else scales.data_ptr()
+        return [self.k[layer].data_ptr(), self.v[layer].data_ptr(), at]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,11 +130,13 @@ class Rows:
         runs: Tensor,
         visible: Tensor,
         *,
+        stored: torch.dtype,
         scale: float,
         window: int = 0,
         scores: Tensor | None = None,
     ) -> None:
-        """A part for each run of a table, at the places that the table names; window: how many of
+        """A part for each run of a table, at the places that the table names; stored: type of its
+        keys; window: how many of
         the tokens that a query sees it attends to, 0 for all; scores [P, N]: filled if given.
         """
         heads = self.heads
@@ -129,7 +147,7 @@ class Rows:
             q, runs, visible, self.out, self.lse, kept, scale, heads.num_queries, self.num_parts,
             kept.shape[1],
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=self.kv,
-            BLOCK_R=block_r, WINDOW=window, KEEPS=scores is not None,
+            BLOCK_R=block_r, WINDOW=window, KEEPS=scores is not None, STORED=KV_TYPES[stored],
             **dense_options(heads.head_dim),
         )  # fmt: skip
 
@@ -181,18 +199,18 @@ class DenseDecode:
         self._kept = documents  # the plan holds addresses
         layers, device = range(len(documents[0].steady_k)), visible.device
         self._windows = windows or [0] * len(layers)
-        self._num_steady = count_steady(documents)
+        self._num_steady = count_steady(x for d in documents for x in d.steady_k)
         split = [split_runs(document.runs, document.num_keys) for document in documents]
         self._bounds = torch.cat([bounds for _, bounds in split]).int().to(device)
-        steady = steady_pieces(documents)
-        self._runs = [
-            torch.cat(
-                [runs_of(steady[b], d.steady_k[i], d.steady_v[i]) for b, d in enumerate(documents)]
-                + [self._body_runs(split[b][0], d, b, i) for b, d in enumerate(documents)]
-            )
-            for i in layers
-        ]
+        steady = steady_pieces([d.steady_k[0] for d in documents])
         like = documents[0].steady_k[0]
+        self._runs = []
+        for i in layers:
+            kept = [
+                runs_of(steady[b], d.steady_k[i], d.steady_v[i]) for b, d in enumerate(documents)
+            ]
+            body = [self._body_runs(split[b][0], d, b, i) for b, d in enumerate(documents)]
+            self._runs.append(_launches(kept, body, like.dtype, documents[0].k))
         self._rows = Rows(heads, self._num_steady + int(self._bounds[:, -1].max()), like)
         # Of the lists that a plan of this kind does not have.
         self._nothing = torch.zeros(heads.num_problems, 9, dtype=torch.int32, device=device)
@@ -203,21 +221,25 @@ class DenseDecode:
 
     def _body_runs(self, pieces: Tensor, document: DecodeDocument, b: int, layer: int) -> Tensor:
         if layer >= len(document.k):
-            return torch.empty((0, RUN_COLUMNS), dtype=torch.int64, device=self._visible.device)
+            return runs_of(pieces[:0], document.steady_k[0], document.steady_v[0])
         shift = torch.tensor([0, 0, self._num_steady, b * self._heads.num_kv_heads, 0, 0])
-        return runs_of(pieces + shift, document.k[layer], document.v[layer])
+        return runs_of(
+            pieces + shift, document.k[layer], document.v[layer], document.scales_of(layer)
+        )
 
     def run(self, layer: int, q: Tensor) -> Attended:
         """Attention of q [B, T, H, D]; overwrites what the last call gave."""
         self._rows.check(layer, len(self._runs), q)
-        self._rows.attend_runs(
-            q,
-            self._runs[layer],
-            self._visible,
-            scale=self._scale,
-            window=self._windows[layer],
-            scores=self.scores,
-        )
+        for runs, stored in self._runs[layer]:
+            self._rows.attend_runs(
+                q,
+                runs,
+                self._visible,
+                stored=stored,
+                scale=self._scale,
+                window=self._windows[layer],
+                scores=self.scores,
+            )
         return self._rows.merge(
             (self._bounds, self._nothing, self._nothing),
             num_steady=self._num_steady,
@@ -237,6 +259,18 @@ class DenseDecode:
         )  # fmt: skip
 
 
+def _launches(
+    steady: list[Tensor], body: list[Tensor], dtype: torch.dtype, k: Sequence[Tensor]
+) -> list[tuple[Tensor, torch.dtype]]:
+    """Tables of runs that are attended together, and the type of their keys: those of the body
+    apart where they are in another type.
+    """
+    if not k or k[0].dtype == dtype:
+        return [(torch.cat(steady + body), dtype)]
+    apart = [(torch.cat(steady), dtype), (torch.cat(body), k[0].dtype)]
+    return [(runs, stored) for runs, stored in apart if len(runs)]
+
+
 def dense_options(head_dim: int) -> dict[str, int]:
     """Tile and pipeline of `attend_runs_kernel`: the best of those measured on an H200."""
     return {"BLOCK_N": 64, "STAGES": 2 if head_dim > 128 else 3, "num_warps": 4}
@@ -252,61 +286,18 @@ def check_documents(heads: Heads, documents: Sequence[DecodeDocument], visible: 
         )
     for document in documents:
         for name, keys in (("k", document.k), ("v", document.v)):
-            for x in keys:
-                check_keys(name, x, like, (document.k[0].shape[0], dim))
+            for layer, x in enumerate(keys):
+                shape, scales = (document.k[0].shape[0], dim), document.scales_of(layer)
+                check_body(name, x, like, shape, scales, heads.num_kv_heads)
         for name, keys in (("steady_k", document.steady_k), ("steady_v", document.steady_v)):
             for x in keys:
                 check_keys(name, x, like, (heads.num_kv_heads, None, dim))
-
-
-def count_steady(documents: Sequence[DecodeDocument]) -> int:
-    """Parts that the steady keys of one document's head take, the most of any."""
-    capacities = [x.shape[1] for document in documents for x in document.steady_k]
-    return max(1, -(-max(capacities) // STEADY_SLOTS))
-
-
-def steady_pieces(documents: Sequence[DecodeDocument]) -> list[Tensor]:
-    """Pieces [n, 6] of each document's steady buffers, heads counted over all documents: first row
-    of the flattened buffer, slots, part, head, place of the first among tokens, and -1: no slot.
-    """
-    pieces = []
-    for b, document in enumerate(documents):
-        num_kv_heads, capacity, _ = document.steady_k[0].shape
-        rows = [
-            (g * capacity + first, min(STEADY_SLOTS, capacity - first), part,
-             b * num_kv_heads + g, first, -1)
-            for g in range(num_kv_heads)
-            for part, first in enumerate(range(0, capacity, STEADY_SLOTS))
-        ]  # fmt: skip
-        pieces.append(torch.tensor(rows, dtype=torch.int64).view(-1, 6))
-    return pieces
-
-
-def runs_of(pieces: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The table of runs (`dense.RUN_COLUMNS`) of pieces of one layer's k, v, [..., D]."""
-    width = k.shape[-1] * k.element_size()
-    at = pieces[:, 0] * width
-    columns = [k.data_ptr() + at, v.data_ptr() + at, *pieces[:, 1:].unbind(1)]
-    return torch.stack(columns, dim=1).to(k.device)
-
-
-def split_runs(runs: Runs, num_keys: int | None = None) -> tuple[Tensor, Tensor]:
-    """Pieces [n, 6] of at most `run_slots` slots, as in `steady_pieces` but with their flat slots,
-    heads counted from 0; and bounds [G, 9] of each head's folds among its pieces. num_keys: of the
-    document, which alone decides how it is cut; None: those of `runs`.
-    """
-    pieces, bounds, most = [], [], run_slots(num_keys or runs.num_keys)
-    for g in range(runs.num_kv_heads):
-        edges, own = [0], 0
-        for fold in range(NUM_FOLDS):
-            for span in runs.of_fold(g, fold):
-                for first in range(span.start, span.stop, most):
-                    count = min(most, span.stop - first)
-                    pieces.append((first, count, own, g, FAR_BEFORE, first))
-                    own += 1
-            edges.append(own)
-        bounds.append(edges)
-    return torch.tensor(pieces, dtype=torch.int64).view(-1, 6), torch.tensor(bounds)
+    stored = {x.dtype for document in documents for x in (*document.k, *document.v)}
+    if len(stored) > 1:
+        raise AttentionError(
+            f"documents store keys and values as {sorted(map(str, stored))}; limit one type a "
+            "plan; make a plan for each"
+        )
 
 
 def addresses_of_rows(table: Tensor, num_problems: int) -> Tensor:

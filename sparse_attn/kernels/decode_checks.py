@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.errors import AttentionError, ShapeMismatch
+from sparse_attn.stored import FP8, check_scales
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 MAX_GROUP = 16
@@ -32,8 +33,36 @@ def check_heads(head_dim: int, per_group: int) -> None:
         )
 
 
-def check_keys(name: str, x: Tensor, like: Tensor, shape: Sequence[int | None]) -> None:
-    """A tensor of keys or values: contiguous, of a shape (None: any length) and like another."""
+def check_body(
+    name: str,
+    x: Tensor,
+    like: Tensor,
+    shape: tuple[int, int],
+    scales: Tensor | None,
+    num_heads: int,
+) -> None:
+    """`check_keys` of a document's body, which may be in e4m3 with scales [num_heads, 2]."""
+    check_keys(name, x, like, shape, dtype=FP8 if x.dtype == FP8 else like.dtype)
+    check_scales(x, scales)
+    if scales is not None and len(scales) != num_heads:
+        raise ShapeMismatch(
+            f"scales of {len(scales)} KV heads; limit {num_heads}, one pair for each; pass those "
+            "of the document"
+        )
+
+
+def check_keys(
+    name: str,
+    x: Tensor,
+    like: Tensor,
+    shape: Sequence[int | None],
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """A tensor of keys or values: contiguous, of a shape (None: any length) and like another, but
+    for its type where one is given.
+    """
+    wanted_dtype = dtype or like.dtype
     fits = x.ndim == len(shape) and all(
         wanted in (None, size) for size, wanted in zip(x.shape, shape, strict=True)
     )
@@ -43,10 +72,10 @@ def check_keys(name: str, x: Tensor, like: Tensor, shape: Sequence[int | None]) 
             f"{name}: {tuple(x.shape)}, strides {x.stride()}; limit [{wanted}], contiguous; "
             "pass the tensors of one document"
         )
-    if x.dtype not in KV_DTYPES or (x.dtype, x.device) != (like.dtype, like.device):
+    if x.dtype not in (*KV_DTYPES, dtype) or (x.dtype, x.device) != (wanted_dtype, like.device):
         raise AttentionError(
-            f"{name}: {x.dtype} on {x.device}; limit one of {KV_DTYPES}, as all others of the "
-            f"plan ({like.dtype} on {like.device}); convert it"
+            f"{name}: {x.dtype} on {x.device}; limit one of {KV_DTYPES}, or {FP8} of a document's "
+            f"body, as all others of the plan ({wanted_dtype} on {like.device}); convert it"
         )
     if x.ndim == 2 and x.shape[0] > MAX_SLOTS:
         raise ShapeMismatch(f"{name}: {x.shape[0]} slots; limit {MAX_SLOTS}; split the document")

@@ -11,13 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.common import LN_2, LOG2_E, LOWEST, address, rows_at
+from sparse_attn.kernels.common import LN_2, LOG2_E, LOWEST, address, fit_queries, load_stored
 
 STEADY_SLOTS = 128  # of the keys that every query reads, where one program would wait for another
 # Columns of a run: addresses of its first key and value, slots, index of its part within the head,
 # head (document * G + KV head), and the place of its first slot among the tokens of the question
-# (FAR_BEFORE for what every query sees), and its flat slot (-1 where it has none).
-RUN_COLUMNS = 7
+# (FAR_BEFORE for what every query sees), its flat slot (-1 where it has none), and the address of
+# the scales of its keys and values, two float32, where they are in e4m3.
+RUN_COLUMNS = 8
 FAR_BEFORE = -(1 << 40)
 
 _RUNS = 264  # that fill a GPU: two a multiprocessor
@@ -59,6 +60,7 @@ def attend_run(
     block,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr, KEEPS: tl.constexpr,
+    STORED: tl.constexpr,
 ):  # fmt: skip
     """The part of one run for a block of rows (query, head of the group).
 
@@ -66,9 +68,11 @@ def attend_run(
     that the first query sees, and, where WINDOW is not 0, unless it is among the last WINDOW of
     them. Where KEEPS, writes scaled scores [P, num_slots_kept] at the flat slot that the run names
     (-1: at none), of one query.
+    STORED: the type of keys and values, KV or e4m3, whose scales are folded into the scores and
+    into the part.
     """
-    keys = address(run, KV)
-    values = address(run + 1, KV)
+    keys = address(run, STORED)
+    values = address(run + 1, STORED)
     num_slots = tl.load(run + 2)
     part = tl.load(run + 3)
     head = tl.load(run + 4)
@@ -82,7 +86,13 @@ def attend_run(
     columns = tl.arange(0, D)
     q_rows = problem * P + row % P
     x = tl.load(q + q_rows[:, None] * D + columns[None, :], mask=is_row[:, None], other=0.0)
-    x = x.to(KV)
+    scale *= LOG2_E
+    if STORED == KV:
+        x = x.to(KV)
+    else:
+        x, power = fit_queries(x, KV, STORED)
+        scales = address(run + 7, tl.float32)
+        scale *= tl.load(scales) * power[:, None]
     seen = tl.load(visible + document) - first + query  # slots of the run that each row sees
     high = tl.full((BLOCK_R,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
@@ -90,9 +100,9 @@ def attend_run(
     for start in tl.range(0, num_slots, BLOCK_N, num_stages=STAGES):
         slot = start + tl.arange(0, BLOCK_N)
         is_slot = slot < num_slots
-        k = tl.load(rows_at(keys, slot, D), mask=is_slot[:, None], other=0.0)
-        v = tl.load(rows_at(values, slot, D), mask=is_slot[:, None], other=0.0)
-        scores = tl.dot(x, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
+        k = load_stored(keys, slot, is_slot, D, KV, STORED)
+        v = load_stored(values, slot, is_slot, D, KV, STORED)
+        scores = tl.dot(x, tl.trans(k), input_precision="ieee") * scale
         if KEEPS:
             kept = (row % P)[:, None] * num_slots_kept + flat + slot[None, :]
             is_kept = is_row[:, None] & is_slot[None, :] & (flat >= 0)
@@ -102,6 +112,8 @@ def attend_run(
             is_seen = is_seen & (slot[None, :] >= seen[:, None] - WINDOW)
         scores = tl.where(is_seen, scores, -float("inf"))
         high, total, out = softmax_step(scores, v, high, total, out)
+    if STORED != KV:
+        out *= tl.load(scales + 1)
     rows = (problem * num_parts + part) * P + row % P
     store_part(part_out, part_lse, rows, is_row, high, total, out, D)
 
@@ -111,15 +123,16 @@ def attend_runs_kernel(
     q, runs, visible, part_out, part_lse, scores, scale, num_queries, num_parts, num_slots,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr, KEEPS: tl.constexpr,
+    STORED: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q K^T) V over one run, for a block of rows.
 
     Grid: (runs, blocks of rows). Reads two rows of D elements of each of the run's slots.
     """
     attend_run(
-        q, runs + tl.program_id(0).to(tl.int64) * 7, visible, part_out, part_lse, scores, scale,
+        q, runs + tl.program_id(0).to(tl.int64) * 8, visible, part_out, part_lse, scores, scale,
         num_queries, num_parts, num_slots, tl.program_id(1), G, P, D, KV, BLOCK_R, BLOCK_N, STAGES,
-        WINDOW, KEEPS,
+        WINDOW, KEEPS, STORED,
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ class ListedDecode:
         self._heads, self._scale, self._capacity = heads, scale, capacity
         self._kept = (k, v)  # the plan holds addresses
         self._kv = torch.tensor(
-            [[x.data_ptr(), y.data_ptr()] for x, y in zip(k, v, strict=True)], device=device
+            [[x.data_ptr(), y.data_ptr(), 0] for x, y in zip(k, v, strict=True)], device=device
         )
         self._division = read_options(capacity, heads.head_dim)
         tile = self._division["TILE_READ"]
@@ -70,7 +70,7 @@ class ListedDecode:
             self._scale, heads.num_queries, rows.num_parts, self._capacity, 1, 0, 0, 0,
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=rows.kv,
             BLOCK_R=heads.block, TILE=TILE_UNITS, IS_DEEP=False, KEEPS=False,
-            num_warps=4, **self._division,
+            STORED=rows.kv, num_warps=4, **self._division,
         )  # fmt: skip
         return rows.merge(
             (bounds, none, none),

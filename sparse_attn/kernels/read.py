@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.common import LOG2_E, LOWEST, address, rows_at
+from sparse_attn.kernels.common import LOG2_E, LOWEST, address, load_stored, rows_at
 from sparse_attn.kernels.dense import softmax_step, store_part
 
 LONG = 4096  # a selection of more slots is read in longer tiles
@@ -27,14 +27,15 @@ def read_options(capacity: int, head_dim: int) -> dict[str, int]:
 
 @triton.jit
 def read_tile(
-    z, x, keys, values, slots, first, count, part, part_out, part_lse, scores, scale,
+    z, x, keys, values, slots, first, count, part, part_out, part_lse, scores, scale, value_scale,
     capacity, num_parts,
-    P: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, KEEPS: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, STORED: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, KEEPS: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q K^T) V over slots first to first + count of a problem's selection.
 
     Reads two rows of D elements a slot; where KEEPS, writes scores [Z, P, capacity], scaled.
+    x [BLOCK_P, D], and scale (a number, or [BLOCK_P, 1]): as `fit_queries` gives them.
     """
     row = tl.arange(0, BLOCK_P)
     is_row = row < P
@@ -45,8 +46,8 @@ def read_tile(
         place = start + tl.arange(0, BLOCK_N)
         is_slot = place < count
         slot = tl.load(slots + first + place, mask=is_slot, other=0).to(tl.int64)
-        k = tl.load(rows_at(keys, slot, D), mask=is_slot[:, None], other=0.0)
-        v = tl.load(rows_at(values, slot, D), mask=is_slot[:, None], other=0.0)
+        k = load_stored(keys, slot, is_slot, D, KV, STORED)
+        v = load_stored(values, slot, is_slot, D, KV, STORED)
         product = tl.dot(x, tl.trans(k), input_precision="ieee") * scale
         if KEEPS:
             kept = scores + (z * P + row)[:, None].to(tl.int64) * capacity
@@ -54,6 +55,8 @@ def read_tile(
             tl.store(kept, product, mask=is_row[:, None] & is_slot[None, :])
         hidden = tl.where(is_slot[None, :], product * LOG2_E, -float("inf"))
         high, total, out = softmax_step(hidden, v, high, total, out)
+    if STORED != KV:
+        out *= value_scale
     rows = (z * num_parts + part) * P + row
     store_part(part_out, part_lse, rows, is_row, high, total, out, D)
 

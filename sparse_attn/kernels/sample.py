@@ -64,13 +64,15 @@ def totals_of(own, p, NUM_LISTS: tl.constexpr, TILE: tl.constexpr, UNIFORM: tl.c
 
 @triton.jit
 def sample_kernel(
-    q, keys, lists, uniform, lse_read, mean, variance, scale,
+    q, keys, scales, lists, uniform, lse_read, mean, variance, scale,
     P: tl.constexpr, D: tl.constexpr, NUM_LISTS: tl.constexpr,
     DRAWS: tl.constexpr, TILE: tl.constexpr, UNIFORM: tl.constexpr, MAX_RATIO: tl.constexpr,
+    IS_SCALED: tl.constexpr,
 ):  # fmt: skip
     """Mass of the unread keys over lse_read, estimated from DRAWS of them, two a stratum.
 
-    Grid: (P, Z). lists: int64 [Z, NUM_LISTS, 8]; uniform: [2, Z, P, DRAWS]; keys [N, D].
+    Grid: (P, Z). lists: int64 [Z, NUM_LISTS, 8]; uniform: [2, Z, P, DRAWS]; keys [N, D], and
+    where IS_SCALED what a problem's are to be multiplied by, scales [Z, 2].
     Writes mean and variance [Z, P]; zero where no key is unread. Reads each list three
     times and DRAWS keys.
     """
@@ -111,6 +113,8 @@ def sample_kernel(
     columns = tl.arange(0, D)
     x = tl.load(q + row * D + columns).to(tl.float32)
     k = tl.load(rows_at(keys, slots, D), mask=(weights > 0.0)[:, None], other=0.0)
+    if IS_SCALED:
+        scale *= tl.load(scales + 2 * z)
     scores = tl.sum(k.to(tl.float32) * x[None, :], 1) * scale
     ratio = weights * tl.exp(tl.minimum(scores - tl.load(lse_read + row), MAX_RATIO))
     a, b = tl.split(tl.reshape(ratio, (DRAWS // 2, 2)))

@@ -18,17 +18,16 @@ from sparse_attn.estimate import Missed
 from sparse_attn.folds import NUM_FOLDS
 from sparse_attn.kernels.choice import Choice, Opened
 from sparse_attn.kernels.decode import (
+    KV_TYPES,
     Attended,
     DecodeDocument,
     Heads,
     Rows,
     addresses_of_rows,
     check_documents,
-    count_steady,
-    runs_of,
-    steady_pieces,
 )
 from sparse_attn.kernels.dense import STEADY_SLOTS, spread_kernel
+from sparse_attn.kernels.pieces import count_steady, runs_of, steady_pieces
 from sparse_attn.kernels.read import read_options
 from sparse_attn.kernels.score import TILE_MEMBERS, TILE_UNITS
 from sparse_attn.kernels.steps import look_kernel, open_kernel, read_kernel
@@ -81,8 +80,8 @@ class CentroidDecode:
         layers, device = range(len(documents[0].k)), visible.device
         self._clusters, groups = tables or make_tables(documents)
         self._first = groups if self._is_deep else self._clusters
-        self._num_steady = count_steady(documents)
-        steady = steady_pieces(documents)
+        self._num_steady = count_steady(x for d in documents for x in d.steady_k)
+        steady = steady_pieces([d.steady_k[0] for d in documents])
         self._steady = [
             torch.cat(
                 [runs_of(steady[b], d.steady_k[i], d.steady_v[i]) for b, d in enumerate(documents)]
@@ -90,9 +89,9 @@ class CentroidDecode:
             for i in layers
         ]
         self._kv = [
-            torch.tensor([[d.k[i].data_ptr(), d.v[i].data_ptr()] for d in documents], device=device)
-            for i in layers
+            torch.tensor([d.addresses(i) for d in documents], device=device) for i in layers
         ]
+        self._stored = KV_TYPES[documents[0].k[0].dtype]
         self._allocate(documents, len(layers))
         self._choices = [self._first_choice(i) for i in layers]
         self._unread: dict[int, list[Tensor]] = {}
@@ -100,7 +99,7 @@ class CentroidDecode:
 
     def _allocate(self, documents: Sequence[DecodeDocument], num_layers: int) -> None:
         """What one launch writes and the next ones read, for all layers."""
-        z, p, like = self._heads.num_problems, self._heads.per_group, documents[0].k[0]
+        z, p, like = self._heads.num_problems, self._heads.per_group, documents[0].steady_k[0]
 
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=like.device)
@@ -235,6 +234,7 @@ class CentroidDecode:
         return sample_unread(
             q,
             self._kept[0].k[layer],
+            self._kept[0].scales_of(layer),
             self._unread[layer],
             self._rows.result.lse_read[0],
             scale=self._scale,
@@ -318,7 +318,7 @@ class CentroidDecode:
             *self._bases,
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=rows.kv,
             BLOCK_R=heads.block, TILE=TILE_UNITS, IS_DEEP=self._is_deep, KEEPS=self._keeps,
-            num_warps=4, **self._division,
+            STORED=self._stored, num_warps=4, **self._division,
         )  # fmt: skip
 
 

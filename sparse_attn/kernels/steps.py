@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.common import address, fold_of, pick, tiles_of_folds
+from sparse_attn.kernels.common import address, fit_queries, fold_of, pick, tiles_of_folds
 from sparse_attn.kernels.dense import attend_run
 from sparse_attn.kernels.read import estimate_members, estimate_tile, read_tile
 from sparse_attn.kernels.score import load_queries, score_piece, score_tile
@@ -30,8 +30,9 @@ def look_kernel(
     item = tl.program_id(0)
     if item < num_runs:
         attend_run(
-            q, runs + item * 7, visible, part_out, part_lse, log_mass, scale, num_queries,
+            q, runs + item * 8, visible, part_out, part_lse, log_mass, scale, num_queries,
             num_parts, 0, tl.program_id(1), G, P, D, KV, BLOCK_R, BLOCK_N, 1, 0, False,
+            KV,
         )  # fmt: skip
     else:
         score_tile(
@@ -89,12 +90,13 @@ def read_kernel(
     scale, num_queries, num_parts, capacity, width, base_read, base_tiles, base_members,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_READ: tl.constexpr, STAGES: tl.constexpr, TILE: tl.constexpr,
-    IS_DEEP: tl.constexpr, KEEPS: tl.constexpr,
+    IS_DEEP: tl.constexpr, KEEPS: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
     """Read the slots that were chosen, and estimate the clusters that were not.
 
-    Grid: (programs that share a problem, Z). documents: int64 [documents, 2], addresses of k and v
-    [N, D]. IS_DEEP: the clusters are `members` of opened groups, else those of `tiles`.
+    Grid: (programs that share a problem, Z). documents: int64 [documents, 3], addresses of k and v
+    [N, D] of type STORED (`dense.attend_run`), and of their scales [G, 2]. IS_DEEP: the clusters
+    are `members` of opened groups, else those of `tiles`.
     """
     z = tl.program_id(1)
     g = z % G
@@ -104,9 +106,17 @@ def read_kernel(
     row = tl.arange(0, BLOCK_R)
     columns = tl.arange(0, D)
     at = q + (z * P + row)[:, None] * D + columns[None, :]
-    x = tl.load(at, mask=(row < P)[:, None], other=0.0).to(KV)
-    keys = address(documents + document * 2, KV)
-    values = address(documents + document * 2 + 1, KV)
+    x = tl.load(at, mask=(row < P)[:, None], other=0.0)
+    keys = address(documents + document * 3, STORED)
+    values = address(documents + document * 3 + 1, STORED)
+    value_scale = 1.0
+    if STORED == KV:
+        x = x.to(KV)
+    else:
+        x, power = fit_queries(x, KV, STORED)
+        scales = address(documents + document * 3 + 2, tl.float32) + 2 * g
+        scale *= tl.load(scales) * power[:, None]
+        value_scale = tl.load(scales + 1)
     read_from, read_to, read_before, reads = tiles_of_folds(slot_bounds + z * 9, TILE_READ)
     num_reads = tl.sum(reads, 0)
     if IS_DEEP:
@@ -123,8 +133,8 @@ def read_kernel(
             count = tl.minimum(pick(read_to, fold) - first, TILE_READ)
             read_tile(
                 z, x, keys, values, slots + z.to(tl.int64) * capacity, first, count,
-                base_read + item, part_out, part_lse, scores, scale, capacity, num_parts,
-                P, D, BLOCK_R, BLOCK_N, STAGES, KEEPS,
+                base_read + item, part_out, part_lse, scores, scale, value_scale, capacity,
+                num_parts, P, D, KV, STORED, BLOCK_R, BLOCK_N, STAGES, KEEPS,
             )  # fmt: skip
         elif IS_DEEP:
             fold = fold_of(units_before, units, tile)

@@ -68,13 +68,21 @@ class NativeBackend(Composed):
         return library.merge_tree(None, lses.contiguous())[1]
 
     def attend_runs(
-        self, q: Tensor, k: Tensor, v: Tensor, runs: Runs, *, scale: float, keeps: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        runs: Runs,
+        *,
+        scale: float,
+        keeps: bool,
+        scales: Tensor | None = None,
     ) -> tuple[Part, Kept | None]:
         num_tokens, own = q.shape[0], self._runs_of(runs)
-        keys = KeysOf(k, v, q.shape[1], num_kv_heads=runs.num_kv_heads)
+        keys = KeysOf(k, v, q.shape[1], num_kv_heads=runs.num_kv_heads, scales=scales)
         part = None
         if num_tokens >= _MIN_DENSE_TOKENS:
-            part, _ = super().attend_runs(q, k, v, runs, scale=scale, keeps=False)
+            part, _ = super().attend_runs(q, k, v, runs, scale=scale, keeps=False, scales=scales)
             if not keeps:
                 return part, None
             q = q[-1:]  # of which the scores alone are wanted
@@ -123,11 +131,12 @@ class NativeBackend(Composed):
         is_estimating: bool,
         keeps: bool,
         closed: tuple[Units, Scores] | None = None,
+        scales: Tensor | None = None,
     ) -> UnitsRead:
         own = self._units_of(units, q.shape[1])
         count = look_up.count_taken(taken, own, keeps=keeps)
         out, lse, lse_read, kept_scores = look_up.attend_units(
-            KeysOf(k, v, q.shape[1], num_kv_heads=taken.shape[0]),
+            KeysOf(k, v, q.shape[1], num_kv_heads=taken.shape[0], scales=scales),
             own,
             _scaled(q, scale),
             taken=taken,
@@ -158,10 +167,11 @@ class NativeBackend(Composed):
         scale: float,
         num_strata: int,
         generator: torch.Generator,
+        scales: Tensor | None = None,
     ) -> Missed:
         return Missed(
             *library.sample_missed(
-                KeysOf(k, k, q.shape[1], num_kv_heads=tail.sizes.shape[0]),
+                KeysOf(k, k, q.shape[1], num_kv_heads=tail.sizes.shape[0], scales=scales),
                 _scaled(q, scale),
                 tail,
                 lse_read,

@@ -18,6 +18,10 @@ INLINE void ITEM(widen_halves)(const uint16_t *half, int64_t count, float *room)
     for (; i < count; i++) room[i] = half_to_float(half[i]);
 }
 
+INLINE void ITEM(widen_eighths)(const uint8_t *x, int64_t count, float factor, float *room) {
+    for (int64_t i = 0; i < count; i++) room[i] = eighth_to_float(x[i], factor);
+}
+
 /* `count` numbers of a type as float32: x itself where it is float32 already, else `room`. */
 INLINE const float *ITEM(widen)(const void *x, int type, int64_t first, int64_t count, float *room) {
     if (type == FLOAT32) return (const float *)x + first;
@@ -26,6 +30,15 @@ INLINE const float *ITEM(widen)(const void *x, int type, int64_t first, int64_t 
         for (int64_t i = 0; i < count; i++) room[i] = bits_to_float((uint32_t)half[i] << 16);
     else
         ITEM(widen_halves)(half, count, room);
+    return room;
+}
+
+/* The same of the keys (0) or values (1) of KV head g. */
+INLINE const float *ITEM(widen_keys)(const Keys *x, int which, int64_t g, int64_t first, int64_t count,
+                                     float *room) {
+    const void *rows = which ? x->v : x->k;
+    if (x->type != E4M3) return ITEM(widen)(rows, x->type, first, count, room);
+    ITEM(widen_eighths)((const uint8_t *)rows + first, count, x->scales[2 * g + which] * E4M3_FACTOR, room);
     return room;
 }
 
@@ -204,7 +217,7 @@ INLINE void ITEM(attend_run)(const Keys *x, int64_t g, int64_t first, int64_t n,
     int64_t from = g * x->head_stride + first * D;
     for (int64_t start = 0; start < n; start += KEYS_AT_ONCE) {
         int64_t count = n - start < KEYS_AT_ONCE ? n - start : KEYS_AT_ONCE;
-        const float *k = ITEM(widen)(x->k, x->type, from + start * D, count * D, room);
+        const float *k = ITEM(widen_keys)(x, 0, g, from + start * D, count * D, room);
         for (int p = 0; p < x->P; p++)
             ITEM(dots)(q + p * D, k, count, D, scores + p * stride + start);
     }
@@ -212,7 +225,7 @@ INLINE void ITEM(attend_run)(const Keys *x, int64_t g, int64_t first, int64_t n,
         if (!ITEM(weigh)(&sums[p], scores + p * stride, n, weights, D)) continue;
         for (int64_t start = 0; start < n; start += KEYS_AT_ONCE) {
             int64_t count = n - start < KEYS_AT_ONCE ? n - start : KEYS_AT_ONCE;
-            const float *v = ITEM(widen)(x->v, x->type, from + start * D, count * D, room);
+            const float *v = ITEM(widen_keys)(x, 1, g, from + start * D, count * D, room);
             ITEM(add_rows)(sums[p].out, weights + start, v, count, D);
         }
     }
@@ -342,7 +355,7 @@ INLINE void ITEM(attend_taken)(const Keys *x, const Units *units, int64_t g, int
                                int64_t num_keys, Sums *read, float *room, float *kept,
                                int64_t kept_stride, int D) {
     float wide[KEYS_AT_ONCE * MAX_HEAD_DIM];
-    int64_t done = 0, start, n, bytes = x->type == FLOAT32 ? 4 * D : 2 * D;
+    int64_t done = 0, start, n, bytes = item_bytes(x->type) * D;
     /* Runs are too short for the hardware to see them coming. */
     for (int64_t u = first; (n = ITEM(next_run)(units, g, is_taken, last, &u, &start));)
         prefetch((const char *)x->k + (g * x->head_stride / D + start) * bytes, n * bytes);
@@ -350,7 +363,7 @@ INLINE void ITEM(attend_taken)(const Keys *x, const Units *units, int64_t g, int
         for (int64_t part = 0; part < n; part += KEYS_AT_ONCE) {
             int64_t count = n - part < KEYS_AT_ONCE ? n - part : KEYS_AT_ONCE;
             int64_t from = g * x->head_stride + (start + part) * D;
-            const float *k = ITEM(widen)(x->k, x->type, from, count * D, wide);
+            const float *k = ITEM(widen_keys)(x, 0, g, from, count * D, wide);
             prefetch((const char *)x->v + from / D * bytes, count * bytes);
             for (int p = 0; p < x->P; p++)
                 ITEM(dots)(q + p * D, k, count, D, room + p * num_keys + done + part);
@@ -366,7 +379,7 @@ INLINE void ITEM(attend_taken)(const Keys *x, const Units *units, int64_t g, int
         for (int64_t part = 0; part < n; part += KEYS_AT_ONCE) {
             int64_t count = n - part < KEYS_AT_ONCE ? n - part : KEYS_AT_ONCE;
             int64_t from = g * x->head_stride + (start + part) * D;
-            const float *v = ITEM(widen)(x->v, x->type, from, count * D, wide);
+            const float *v = ITEM(widen_keys)(x, 1, g, from, count * D, wide);
             for (int p = 0; p < x->P; p++)
                 ITEM(add_rows)(read[p].out, room + p * num_keys + done + part, v, count, D);
         }
@@ -454,7 +467,7 @@ static void ITEM(units)(const UnitsCall *call, int64_t g, int64_t fold, int64_t 
 static float ITEM(score_slot)(const Keys *x, int64_t g, int64_t slot, const float *q) {
     float room[MAX_HEAD_DIM];
     int64_t from = g * x->head_stride + slot * x->D;
-    return ITEM(dot)(q, ITEM(widen)(x->k, x->type, from, x->D, room), x->D);
+    return ITEM(dot)(q, ITEM(widen_keys)(x, 0, g, from, x->D, room), x->D);
 }
 
 /* Greatest scores that unread units can hold: [U], -inf where read. */

@@ -29,7 +29,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, E4M3 = 3 };
 enum { MAX_HEAD_DIM = 512, MAX_GROUP = 64, KEYS_AT_ONCE = 32, SLOTS_PER_ITEM = 512, LANES = 16 };
 enum { UNITS_PER_ITEM = 256, UNITS_PER_SCORE_ITEM = 64, NUM_FOLDS = 8, TOKENS_AT_ONCE = 8 };
 
@@ -93,6 +93,15 @@ INLINE uint32_t float_to_bits(float x) {
 INLINE float half_to_float(uint16_t x) {
     float magnitude = bits_to_float((uint32_t)(x & 0x7fff) << 13) * 0x1p112f;
     return bits_to_float(float_to_bits(magnitude) | (uint32_t)(x & 0x8000) << 16);
+}
+
+/* What the fields of e4m3, put where those of a float32 are, are to be multiplied by: the difference
+ * of the exponents' biases, which also covers subnormals, and the scale. */
+#define E4M3_FACTOR 0x1p120f
+
+/* Finite e4m3 only. */
+INLINE float eighth_to_float(uint8_t x, float factor) {
+    return bits_to_float((uint32_t)(x & 0x80) << 24 | (uint32_t)(x & 0x7f) << 20) * factor;
 }
 
 /* Sixteen numbers of a float32 or bfloat16 tensor. */
@@ -199,6 +208,7 @@ static void merge_into(float *out, float *lse, const Sums *s, int64_t D) {
 /* Keys and values of one layer: [G, S, D], contiguous within a head, or flat [N, D] (stride 0). */
 typedef struct {
     const void *k, *v;
+    const float *scales; /* [G, 2], of a head's keys and values where they are e4m3, else null */
     int64_t head_stride; /* elements from one KV head to the next, the same for both */
     int32_t type, G, P, D;
 } Keys;
@@ -212,6 +222,11 @@ typedef struct {
     int64_t U, C;
     int32_t type, G, P, D;
 } Units;
+
+/* Bytes of a number of a type. */
+INLINE int64_t item_bytes(int type) {
+    return type == FLOAT32 ? 4 : type == E4M3 ? 1 : 2;
+}
 
 /* Row of unit u of head g in the large tables; a padded unit has none (-1). */
 INLINE int64_t column_of(const Units *x, int64_t g, int64_t u) {

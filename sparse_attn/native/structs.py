@@ -14,8 +14,10 @@ from torch import Tensor
 from sparse_attn.errors import ShapeMismatch
 from sparse_attn.folds import Runs
 from sparse_attn.select.centroid import Units
+from sparse_attn.stored import FP8, check_scales
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KEY_TYPES = {**TYPES, FP8: 3}
 # As in `kernels.c`.
 _MAX_HEAD_DIM, _MAX_GROUP = 512, 64
 
@@ -24,6 +26,7 @@ class _Keys(Structure):
     _fields_ = [
         ("k", c_void_p),
         ("v", c_void_p),
+        ("scales", c_void_p),
         ("head_stride", c_int64),
         ("type", c_int32),
         ("G", c_int32),
@@ -111,17 +114,25 @@ class KeysOf:
     """Keys and values of one layer as C sees them: [G, S, D] or a view of a longer buffer, or flat
     [N, D].
 
-    num_heads: query heads that read them; num_kv_heads: of a flat table.
+    num_heads: query heads that read them; num_kv_heads: of a flat table; scales: [G, 2] of rows in
+    e4m3.
     """
 
     def __init__(
-        self, k: Tensor, v: Tensor, num_heads: int, *, num_kv_heads: int | None = None
+        self,
+        k: Tensor,
+        v: Tensor,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        scales: Tensor | None = None,
     ) -> None:
+        check_scales(k, scales)
         head_dim, num_kv_heads = k.shape[-1], num_kv_heads or k.shape[0]
         per_group, rest = divmod(num_heads, num_kv_heads)
         strides = (head_dim, 1)
         is_dense = k.shape == v.shape and k.stride() == v.stride() and k.stride()[-2:] == strides
-        if not (is_dense and k.dtype in TYPES and k.dtype == v.dtype and k.is_cpu):
+        if not (is_dense and k.dtype in KEY_TYPES and k.dtype == v.dtype and k.is_cpu):
             raise ShapeMismatch(
                 f"keys {list(k.shape)} {k.dtype} and values {list(v.shape)} {v.dtype} on "
                 f"{k.device}; the native backend reads rows of one type on the CPU; "
@@ -133,12 +144,18 @@ class KeysOf:
                 f"the native backend takes groups to {_MAX_GROUP} and dims to {_MAX_HEAD_DIM}; "
                 "use --backend torch"
             )
-        self.k, self.v = k, v
+        if scales is not None and scales.shape[0] != num_kv_heads:
+            raise ShapeMismatch(
+                f"scales of {scales.shape[0]} KV heads; limit {num_kv_heads}, one pair for each; "
+                "pass what the document has"
+            )
+        self.k, self.v, self.scales = k, v, scales
         self.struct = _Keys(
             k=k.data_ptr(),
             v=v.data_ptr(),
+            scales=None if scales is None else pointer(scales),
             head_stride=k.stride(0) if k.dim() == 3 else 0,
-            type=TYPES[k.dtype],
+            type=KEY_TYPES[k.dtype],
             G=num_kv_heads,
             P=per_group,
             D=head_dim,

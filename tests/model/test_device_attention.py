@@ -44,6 +44,10 @@ def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def context() -> DocumentContext:
+    return make_context("float32")
+
+
+def make_context(kv_dtype: str) -> DocumentContext:
     """A document of four segments for two full layers and a sliding one."""
     raw = json.loads(CASES["llama-yarn-wide-heads"]().to_json_string(use_diff=False))
     raw["architectures"] = ["LlamaForCausalLM"]
@@ -54,6 +58,7 @@ def context() -> DocumentContext:
         segment_tokens=64,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        kv_dtype=kv_dtype,
     )
 
 
@@ -119,6 +124,20 @@ def test_plans_give_what_operators_give(context: DocumentContext, name: str) -> 
         assert theirs_recall.audit is not None
         assert ours_recall.audit.mass_mean == pytest.approx(theirs_recall.audit.mass_mean, abs=1e-4)
         assert ours_recall.audit.bound_violations == 0
+
+
+@pytest.mark.parametrize("plan", [{"mode": "exact"}, {"mode": "centroid", "keys": 40}], ids=str)
+def test_plans_of_a_document_in_fp8(context: DocumentContext, plan: dict[str, Any]) -> None:
+    narrow, own = make_context("fp8"), AttentionPlan(**plan, recall_period=4)
+    assert narrow.resident.k[0].dtype == torch.float8_e4m3fn
+    (ours, seen), (theirs, expected) = (ask(narrow, b, own) for b in ("triton", "torch"))
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+    mass, wanted = (torch.from_numpy(x.token_mass()) for x in (seen, expected))
+    torch.testing.assert_close(mass, wanted, atol=1e-3, rtol=0)
+    assert seen.recall().mass_mean == pytest.approx(expected.recall().mass_mean, abs=0.1)
+    if own.mode == "exact":  # near what its bytes were made of, and not the same
+        error = ours - ask(context, "torch", own)[0]
+        assert 1e-3 < float(error.abs().max()) < 0.3
 
 
 def test_two_levels_cover_every_key(context: DocumentContext) -> None:

@@ -83,10 +83,11 @@ def test_shards_add_up_to_the_whole_within_replication(mesh: str, num_tokens: in
     assert sum(kv) == work.layout("bfloat16").kv_bytes
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("mesh", ["1x1", "1x2", "2x2"])
-def test_kv_is_as_many_bytes_as_the_resident_document(mesh: str) -> None:
+def test_kv_is_as_many_bytes_as_the_resident_document(mesh: str, kv_dtype: str) -> None:
     cfg, grid = tiny("llama-3.1-8b"), choice(mesh).mesh
-    work = workload(700, cfg=cfg, segment_tokens=256)
+    work = replace(workload(700, cfg=cfg, segment_tokens=256), kv_dtype=kv_dtype)
     layout = work.layout("bfloat16")
     for rank in range(grid.num_ranks):
         heads = grid.kv_heads_of(rank, num_kv_heads=layout.num_kv_heads)
@@ -163,3 +164,15 @@ def test_clustering_is_spread_over_context_ranks_and_holds_few_distances() -> No
     distances = max(cluster_phases(work, choice(), cpu_machine())[0])
     assert distances >= 8192 * (8192 // 4) * 4
     assert distances < LLAMA.num_kv_heads * LLAMA.num_layers * 8192 * (8192 // 4) * 4 // 8
+
+
+def test_fp8_halves_what_is_held_and_an_ingest_widens_one_head_at_a_time() -> None:
+    whole = workload(500_000)
+    narrow, topology = replace(whole, kv_dtype="float8_e4m3fn"), machine(1)
+    positions = 4 * LLAMA.num_layers * LLAMA.num_kv_heads * whole.num_tokens
+    held = [question_memory(work, choice(), topology).kv for work in (whole, narrow)]
+    assert held[1] - positions == pytest.approx((held[0] - positions) / 2, rel=1e-4)
+    ingests = [ingest_memory(work, choice(), topology) for work in (whole, narrow)]
+    one_head = 2 * LLAMA.head_dim * whole.num_tokens * 2
+    assert 0 < ingests[1].temporary - ingests[0].temporary <= one_head
+    assert narrow.layout("bfloat16").kv_bytes < 0.52 * whole.layout("bfloat16").kv_bytes

@@ -52,6 +52,7 @@ def _runs(
     num_queries: int = 1,
     window: int = 0,
     keeps: bool = False,
+    stored: Any = None,
 ) -> Entry:
     signature = {
         "q": f"*{kv}",
@@ -70,6 +71,7 @@ def _runs(
         "STAGES": options.pop("STAGES"),
         "WINDOW": window,
         "KEEPS": keeps,
+        "STORED": stored or _KV[kv],
     }
     return dense.attend_runs_kernel, signature, constants, options
 
@@ -141,6 +143,7 @@ def _read(
     is_deep: bool = False,
     keeps: bool = False,
     capacity: int = 2048,
+    stored: Any = None,
 ) -> Entry:
     signature = {
         "q": f"*{kv}",
@@ -164,6 +167,7 @@ def _read(
         "TILE": TILE_UNITS,
         "IS_DEEP": is_deep,
         "KEEPS": keeps,
+        "STORED": stored or _KV[kv],
     }
     return steps.read_kernel, signature, constants, {"num_warps": 4}
 
@@ -221,15 +225,20 @@ def _merge(kv: str, head_dim: int, per_group: int, num_lists: int) -> Entry:
     return merge.merge_kernel, signature, constants, options
 
 
-def _missed(kv: str, head_dim: int, per_group: int, num_lists: int) -> Iterator[Entry]:
+def _missed(
+    kv: str, head_dim: int, per_group: int, num_lists: int, stored: str | None = None
+) -> Iterator[Entry]:
     shape = {"P": per_group, "D": head_dim, "NUM_LISTS": num_lists, "TILE": tails._TILE}
     drawn = {
-        **_pointers(f"*{kv}", "q", "keys"),
+        "q": f"*{kv}",
+        "keys": f"*{stored or kv}",
+        "scales": _FLOAT,
         "lists": _LONG,
         **_pointers(_FLOAT, "uniform", "lse_read", "mean", "variance"),
         "scale": "fp32",
     }
     constants = {"DRAWS": 64, "UNIFORM": UNIFORM_SHARE, "MAX_RATIO": MAX_LOG_RATIO}
+    constants |= {"IS_SCALED": stored is not None}
     yield sample.sample_kernel, drawn, {**shape, **constants}, {}
     bound = {"q": f"*{kv}", "lists": _LONG, "log_most": _FLOAT, "scale": "fp32"}
     yield sample.bound_kernel, bound, {**shape, "BLOCK_R": _rows(per_group)}, {}
@@ -252,6 +261,13 @@ def _each() -> Iterator[Entry]:
         yield _look("bf16", head_dim, 4, num_queries=16)
         for num_lists in (1, 2):
             yield from _missed("bf16", head_dim, 4, num_lists)
+        for per_group in (1, 4, 16):
+            yield _runs("bf16", head_dim, per_group, stored=tl.float8e4nv)
+            for is_deep in (False, True):
+                yield _read("bf16", head_dim, per_group, is_deep=is_deep, stored=tl.float8e4nv)
+        yield from _missed("bf16", head_dim, 4, 2, stored="fp8e4nv")
+    yield _runs("bf16", 128, 4, keeps=True, stored=tl.float8e4nv)
+    yield _read("bf16", 128, 4, is_deep=True, keeps=True, stored=tl.float8e4nv)
     yield _runs("bf16", 128, 4, window=128)
     yield _runs("bf16", 128, 4, keeps=True)
     yield _read("bf16", 128, 4, is_deep=True, keeps=True)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sparse_attn.errors import AttentionError, ShapeMismatch
 from sparse_attn.folds import NUM_FOLDS, Runs
-from sparse_attn.kernels.decode import DecodeDocument, DenseDecode, Heads, split_runs
+from sparse_attn.kernels.decode import DecodeDocument, DenseDecode, Heads
 from sparse_attn.kernels.decode_checks import check_keys
+from sparse_attn.kernels.pieces import split_runs
 from sparse_attn.kernels.selected import CentroidDecode
 from sparse_attn.select.base import Limit
 from tests.sparse_attn.inputs import SCALE, hold, make_layer
