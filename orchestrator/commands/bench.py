@@ -46,12 +46,23 @@ def amortised(
 @click.option("--segment-tokens", type=int, default=8192, show_default=True)
 @click.option("--budget", default="2048", show_default=True)
 @click.option("--repeats", type=int, default=20, show_default=True)
+@click.option("--questions", type=int, default=1, show_default=True)
+@click.option("--documents", type=int, default=1, show_default=True)
 @JSON
 @engine_options
 def decode(
-    tokens: int, segment_tokens: int, budget: str, repeats: int, as_json: bool, **options: Any
+    tokens: int,
+    segment_tokens: int,
+    budget: str,
+    repeats: int,
+    questions: int,
+    documents: int,
+    as_json: bool,
+    **options: Any,
 ) -> None:
-    """One decode step on a synthetic document; made for --model shape:NAME[@LAYERS]."""
+    """One decode step on synthetic documents, of one or several questions; made for --model
+    shape:NAME[@LAYERS].
+    """
     from orchestrator.evaluation.decode_bench import measure_decode
 
     with load_engine(options) as engine:
@@ -63,6 +74,8 @@ def decode(
             modes=("exact", "centroid"),
             budget=budget,
             repeats=repeats,
+            num_questions=questions,
+            num_documents=documents,
         )
     if not as_json:
         click.echo(timings[0].notice)
@@ -71,7 +84,8 @@ def decode(
                 f"{timing.mode:9} limit {timing.limit_s * 1e3:8.2f} ms  "
                 f"median {timing.median_s * 1e3:8.2f} ms  "
                 f"({timing.min_s * 1e3:.2f} to {timing.max_s * 1e3:.2f}), "
-                f"{timing.limit_s / timing.median_s:.0%} of the limit"
+                f"{timing.limit_s / timing.median_s:.0%} of the limit, "
+                f"{timing.tokens_per_s:.1f} tokens/s"
             )
     echo_json({"schema": 1, "benchmark": "decode", "results": [t.as_json() for t in timings]})
 

@@ -64,25 +64,31 @@ def totals_of(own, p, NUM_LISTS: tl.constexpr, TILE: tl.constexpr, UNIFORM: tl.c
 
 @triton.jit
 def sample_kernel(
-    q, keys, lists, uniform, lse_read, mean, variance, scale,
-    P: tl.constexpr, D: tl.constexpr, NUM_LISTS: tl.constexpr,
+    q, documents, lists, uniform, chosen, lse_read, mean, variance, scale,
+    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, NUM_LISTS: tl.constexpr,
     DRAWS: tl.constexpr, TILE: tl.constexpr, UNIFORM: tl.constexpr, MAX_RATIO: tl.constexpr,
 ):  # fmt: skip
     """Mass of the unread keys over lse_read, estimated from DRAWS of them, two a stratum.
 
-    Grid: (P, Z). lists: int64 [Z, NUM_LISTS, 8]; uniform: [2, Z, P, DRAWS]; keys [N, D].
-    Writes mean and variance [Z, P]; zero where no key is unread. Reads each list three
-    times and DRAWS keys.
+    Grid: (P, Z), one query a document. documents: int64 [B, 2], of which the first is the address
+    of keys [N, D]; lists: int64 [Z, NUM_LISTS, 8]; uniform: [B, 2, G, P, DRAWS]; chosen: int32 [B],
+    which documents' queries are sampled, None for all. Writes mean and variance [Z, P] of those;
+    zero where no key is unread. Reads each list three times and DRAWS keys.
     """
     p = tl.program_id(0)
     z = tl.program_id(1)
+    document = z // G
+    if chosen is not None:  # noqa: SIM102  (None is known when it is compiled)
+        if tl.load(chosen + document) == 0:
+            return
+    keys = address(documents + document * 2, KV)
     own = lists + z * NUM_LISTS * 8
     log_total, num_keys, whole = totals_of(own, p, NUM_LISTS, TILE, UNIFORM)
     draw = tl.arange(0, DRAWS)
     row = z * P + p
-    planes = tl.num_programs(1) * P * DRAWS
-    within = tl.load(uniform + row * DRAWS + draw)
-    inside = tl.load(uniform + planes + row * DRAWS + draw)
+    numbers = uniform + (document * (G * P) + row) * DRAWS + draw
+    within = tl.load(numbers)
+    inside = tl.load(numbers + G * P * DRAWS)
     place = (within + (draw // 2).to(tl.float32)) / (DRAWS // 2) * whole
     slots = tl.zeros((DRAWS,), tl.int64)
     weights = tl.zeros((DRAWS,), tl.float32)
@@ -120,16 +126,19 @@ def sample_kernel(
 
 @triton.jit
 def bound_kernel(
-    q, lists, log_most, scale,
-    P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, NUM_LISTS: tl.constexpr,
-    TILE: tl.constexpr,
+    q, lists, chosen, log_most, scale,
+    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
+    NUM_LISTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """log of the greatest mass that the unread keys can have: log n + s (q.c + |q| r), summed.
 
-    Grid: (Z). lists as in `sample_kernel`. Writes log_most [Z, P], -inf where no key is unread.
-    Reads 2 D bytes of each unit.
+    Grid: (Z). lists, chosen as in `sample_kernel`. Writes log_most [Z, P], -inf where no key is
+    unread. Reads 2 D bytes of each unit.
     """
     z = tl.program_id(0)
+    if chosen is not None:  # noqa: SIM102  (None is known when it is compiled)
+        if tl.load(chosen + z // G) == 0:
+            return
     head = tl.arange(0, BLOCK_R)
     is_head = head < P
     columns = tl.arange(0, D)[None, :]

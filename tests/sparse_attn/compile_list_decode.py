@@ -76,11 +76,12 @@ def _runs(
 def _spread(per_group: int, *, gathers: bool) -> Entry:
     signature = {
         "scores": _FLOAT,
-        **_pointers(_INT, "slots", "count"),
-        **_pointers(_FLOAT, "lse", "evidence"),
+        **_pointers(_INT if gathers else _LONG, "slots", "bounds"),
+        "lse": _FLOAT,
+        "evidence": _LONG,
         **_counts("num_slots"),
     }
-    constants = {"P": per_group, "BLOCK": 1024, "GATHERS": gathers}
+    constants = {"G": 8, "P": per_group, "BLOCK": 1024, "GATHERS": gathers}
     return dense.spread_kernel, signature, constants, {}
 
 
@@ -210,16 +211,24 @@ def _merge(kv: str, head_dim: int, per_group: int, num_lists: int) -> Entry:
 
 
 def _missed(kv: str, head_dim: int, per_group: int, num_lists: int) -> Iterator[Entry]:
-    shape = {"P": per_group, "D": head_dim, "NUM_LISTS": num_lists, "TILE": tails._TILE}
+    shape = {**_shape(per_group, head_dim), "NUM_LISTS": num_lists, "TILE": tails._TILE}
     drawn = {
-        **_pointers(f"*{kv}", "q", "keys"),
-        "lists": _LONG,
-        **_pointers(_FLOAT, "uniform", "lse_read", "mean", "variance"),
+        "q": f"*{kv}",
+        **_pointers(_LONG, "documents", "lists"),
+        "uniform": _FLOAT,
+        "chosen": _INT,
+        **_pointers(_FLOAT, "lse_read", "mean", "variance"),
         "scale": "fp32",
     }
-    constants = {"DRAWS": 64, "UNIFORM": UNIFORM_SHARE, "MAX_RATIO": MAX_LOG_RATIO}
+    constants = {"KV": _KV[kv], "DRAWS": 64, "UNIFORM": UNIFORM_SHARE, "MAX_RATIO": MAX_LOG_RATIO}
     yield sample.sample_kernel, drawn, {**shape, **constants}, {}
-    bound = {"q": f"*{kv}", "lists": _LONG, "log_most": _FLOAT, "scale": "fp32"}
+    bound = {
+        "q": f"*{kv}",
+        "lists": _LONG,
+        "chosen": _INT,
+        "log_most": _FLOAT,
+        "scale": "fp32",
+    }
     yield sample.bound_kernel, bound, {**shape, "BLOCK_R": _rows(per_group)}, {}
 
 

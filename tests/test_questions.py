@@ -1,0 +1,191 @@
+"""Concurrent questions of an engine answer as each alone, whoever joins, leaves or fails."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from orchestrator.answering import Session
+from orchestrator.cluster.executor import InProcessExecutor
+from orchestrator.config import EngineConfig, resolve
+from orchestrator.engine import Engine
+from orchestrator.ingest import IngestOptions
+from orchestrator.model.decoder import Decoder
+from orchestrator.steps import Action, Forward, ForwardEach
+from orchestrator.types import Answer, AskOptions, Mode
+from sparse_attn.kernels import selected
+from tests.sparse_attn.decoding import reduce_by_halves
+from tests.tiny_model import QUESTION, SEGMENT_TOKENS, TEXT, save_tiny_model
+
+OPTIONS = IngestOptions(segment_tokens=SEGMENT_TOKENS)
+ASKED: tuple[dict[str, Any], ...] = (
+    {"mode": "exact"},
+    {"mode": "centroid", "budget": "25%", "max_tokens": 9},
+    {"mode": "window", "max_tokens": 5},
+    {"mode": "centroid", "mass": 0.8, "seed": 3, "temperature": 0.9},
+    {"mode": "centroid", "budget": "25%", "levels": 2, "audit": True},
+    {"mode": "exact", "temperature": 1.2, "seed": 1, "max_tokens": 17},
+)
+
+
+class Gone(Exception):
+    """A listener that went away."""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    root = tmp_path_factory.mktemp("questions")
+    model = save_tiny_model(root / "model")
+    config = resolve(model=str(model), store=root / "store", threads=1)
+    with Engine(config, InProcessExecutor(config)) as engine:
+        for name in ("a", "b"):
+            engine.ingest(text=TEXT + name, name=name, options=OPTIONS)
+    return config
+
+
+@pytest.fixture
+def engine(config: EngineConfig) -> Iterator[Engine]:
+    with Engine(config, InProcessExecutor(config)) as engine:
+        yield engine
+
+
+@pytest.fixture
+def steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many questions took each step together."""
+    run, sizes = engine.executor.run, []
+
+    def count(action: Action) -> Any:
+        if isinstance(action, ForwardEach):
+            sizes.append(len(action.ids))
+        return run(action)
+
+    monkeypatch.setattr(engine.coordinator.batcher, "_run", count)
+    return sizes
+
+
+def ask(engine: Engine, i: int, **more: Any) -> Answer:
+    return engine.ask("ab"[i % 2], QUESTION, **{"max_tokens": 12, **ASKED[i], **more})
+
+
+def facts(answer: Answer) -> dict[str, Any]:
+    """All of an answer but what a clock says."""
+    told = answer.to_json()
+    return {name: told[name] for name in ("answer", "usage", "recall", "evidence", "selection")}
+
+
+def test_questions_together_answer_as_each_alone(engine: Engine, steps: list[int]) -> None:
+    alone = [facts(ask(engine, i)) for i in range(len(ASKED))]
+    assert set(steps) == {1}
+    with ThreadPoolExecutor(len(ASKED)) as pool:
+        together = list(pool.map(lambda i: facts(ask(engine, i)), range(len(ASKED))))
+    assert together == alone
+    assert max(steps) > 1
+    assert len({fact["answer"] for fact in alone}) > 2
+
+
+def test_a_question_that_fails_or_is_left_disturbs_no_other(
+    engine: Engine, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One listener leaves, one question's attention fails in the middle of its answer."""
+    wanted = facts(ask(engine, 0))
+    questions = engine.executor.worker.questions
+    everybody = threading.Barrier(3)
+    failing: list[int] = []
+
+    def meet(leaves: bool) -> Callable[[str], None]:
+        pieces: list[str] = []
+
+        def listen(piece: str) -> None:
+            pieces.append(piece)
+            if len(pieces) == 1:
+                everybody.wait(60)
+            if leaves and len(pieces) == 3:
+                raise Gone
+
+        return listen
+
+    def fail(piece: str) -> None:
+        if not failing:
+            everybody.wait(60)
+            failing.append(max(questions._questions))
+        question = questions._questions[failing[0]]
+        monkeypatch.setattr(question.attention, "advance", broken)
+
+    def broken(num_tokens: int) -> None:
+        raise ValueError(f"no room for {num_tokens}")
+
+    with ThreadPoolExecutor(3) as pool:
+        stays: Future[Answer] = pool.submit(ask, engine, 0, on_token=meet(leaves=False))
+        leaves: Future[Answer] = pool.submit(ask, engine, 0, on_token=meet(leaves=True))
+        while len(questions._questions) < 2:
+            pass
+        fails: Future[Answer] = pool.submit(ask, engine, 0, on_token=fail)
+        assert facts(stays.result(60)) == wanted
+        with pytest.raises(Gone):
+            leaves.result(60)
+        with pytest.raises(ValueError, match="no room for 1"):
+            fails.result(60)
+    assert questions._questions == {}
+    assert facts(ask(engine, 0)) == wanted
+    assert max(steps) > 1
+
+
+def sessions(engine: Engine, stack: ExitStack, modes: tuple[Mode, ...]) -> list[Session]:
+    """Questions that have been read, two tokens of answer each."""
+    begun = []
+    for i, mode in enumerate(modes):
+        options = AskOptions(mode=mode, budget=16 if mode == "centroid" else None)
+        session = engine.begin("ab"[i % 2], "Why?", options, num_answer_tokens=4)
+        begun.append(stack.enter_context(session))
+        begun[-1].forward(begun[-1].question_ids)
+    return begun
+
+
+def forward_each(engine: Engine, asked: list[Session], token: int) -> list[Tensor]:
+    ids = tuple(session.question.question_id for session in asked)
+    outcomes = engine.executor.run(ForwardEach(question_ids=ids, ids=(token,) * len(ids)))
+    assert all(isinstance(outcome, Tensor) for outcome in outcomes)
+    return [outcome.clone() for outcome in outcomes]
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_one_forward_of_several_questions_gives_each_its_logits(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By kernels, as on a GPU; products of several rows are torch's here, so not to the bit."""
+    if torch.cuda.is_available():
+        pytest.skip("tests/test_gpu.py asks the same of a GPU, and to the bit")
+    monkeypatch.setattr(selected, "_PROGRAMS", 4)
+    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
+    model = save_tiny_model(tmp_path / "model", "llama-yarn-wide-heads")
+    options = {"model": str(model), "store": tmp_path / "store", "dtype": "float32", "threads": 1}
+    modes: tuple[Mode, ...] = ("centroid", "exact", "centroid")
+    with Engine.load(**options, backend="torch") as engine:
+        for name in ("a", "b"):
+            engine.ingest(text=TEXT[: 300 + 20 * (name == "b")], name=name, options=OPTIONS)
+    with Engine.load(**options, backend="triton") as engine, ExitStack() as stack:
+        questions = engine.executor.worker.questions
+        assert not questions.is_batching
+        together, alone = (sessions(engine, stack, modes) for _ in range(2))
+        for step, members in enumerate(((0, 1, 2), (0, 2))):
+            wanted = [
+                engine.executor.run(Forward(question_id=x.question.question_id, ids=(step,)))
+                for x in (alone[i] for i in members)
+            ]
+            monkeypatch.setattr(Decoder, "is_fused", True)
+            found = forward_each(engine, [together[i] for i in members], step)
+            monkeypatch.undo()
+            for own, expected in zip(found, wanted, strict=True):
+                torch.testing.assert_close(own, expected, atol=1e-3, rtol=0)
+        assert {len(key) for key in questions._batches} == {2, 3}
+        together[1].end()
+        assert {len(key) for key in questions._batches} == {2}
