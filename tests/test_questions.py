@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-from triton.runtime import interpreter
 
-from orchestrator.answering import Session
 from orchestrator.cluster.executor import InProcessExecutor
 from orchestrator.config import EngineConfig, resolve
 from orchestrator.engine import Engine
 from orchestrator.ingest import IngestOptions
-from orchestrator.model.decoder import Decoder
-from orchestrator.steps import Action, Forward, ForwardEach
-from orchestrator.types import Answer, AskOptions, Mode
-from sparse_attn.kernels import selected
-from tests.sparse_attn.decoding import reduce_by_halves
+from orchestrator.steps import Action, ForwardEach
+from orchestrator.types import Answer
 from tests.tiny_model import QUESTION, SEGMENT_TOKENS, TEXT, save_tiny_model
 
 OPTIONS = IngestOptions(segment_tokens=SEGMENT_TOKENS)
@@ -126,7 +119,7 @@ def test_a_question_that_fails_or_is_left_disturbs_no_other(
         stays: Future[Answer] = pool.submit(ask, engine, 0, on_token=meet(leaves=False))
         leaves: Future[Answer] = pool.submit(ask, engine, 0, on_token=meet(leaves=True))
         while len(questions._questions) < 2:
-            pass
+            time.sleep(0.001)
         fails: Future[Answer] = pool.submit(ask, engine, 0, on_token=fail)
         assert facts(stays.result(60)) == wanted
         with pytest.raises(Gone):
@@ -136,56 +129,3 @@ def test_a_question_that_fails_or_is_left_disturbs_no_other(
     assert questions._questions == {}
     assert facts(ask(engine, 0)) == wanted
     assert max(steps) > 1
-
-
-def sessions(engine: Engine, stack: ExitStack, modes: tuple[Mode, ...]) -> list[Session]:
-    """Questions that have been read, two tokens of answer each."""
-    begun = []
-    for i, mode in enumerate(modes):
-        options = AskOptions(mode=mode, budget=16 if mode == "centroid" else None)
-        session = engine.begin("ab"[i % 2], "Why?", options, num_answer_tokens=4)
-        begun.append(stack.enter_context(session))
-        begun[-1].forward(begun[-1].question_ids)
-    return begun
-
-
-def forward_each(engine: Engine, asked: list[Session], token: int) -> list[Tensor]:
-    ids = tuple(session.question.question_id for session in asked)
-    outcomes = engine.executor.run(ForwardEach(question_ids=ids, ids=(token,) * len(ids)))
-    assert all(isinstance(outcome, Tensor) for outcome in outcomes)
-    return [outcome.clone() for outcome in outcomes]
-
-
-@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_one_forward_of_several_questions_gives_each_its_logits(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By kernels, as on a GPU; products of several rows are torch's here, so not to the bit."""
-    if torch.cuda.is_available():
-        pytest.skip("tests/test_gpu.py asks the same of a GPU, and to the bit")
-    monkeypatch.setattr(selected, "_PROGRAMS", 4)
-    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
-    model = save_tiny_model(tmp_path / "model", "llama-yarn-wide-heads")
-    options = {"model": str(model), "store": tmp_path / "store", "dtype": "float32", "threads": 1}
-    modes: tuple[Mode, ...] = ("centroid", "exact", "centroid")
-    with Engine.load(**options, backend="torch") as engine:
-        for name in ("a", "b"):
-            engine.ingest(text=TEXT[: 300 + 20 * (name == "b")], name=name, options=OPTIONS)
-    with Engine.load(**options, backend="triton") as engine, ExitStack() as stack:
-        questions = engine.executor.worker.questions
-        assert not questions.is_batching
-        together, alone = (sessions(engine, stack, modes) for _ in range(2))
-        for step, members in enumerate(((0, 1, 2), (0, 2))):
-            wanted = [
-                engine.executor.run(Forward(question_id=x.question.question_id, ids=(step,)))
-                for x in (alone[i] for i in members)
-            ]
-            monkeypatch.setattr(Decoder, "is_fused", True)
-            found = forward_each(engine, [together[i] for i in members], step)
-            monkeypatch.undo()
-            for own, expected in zip(found, wanted, strict=True):
-                torch.testing.assert_close(own, expected, atol=1e-3, rtol=0)
-        assert {len(key) for key in questions._batches} == {2, 3}
-        together[1].end()
-        assert {len(key) for key in questions._batches} == {2}
