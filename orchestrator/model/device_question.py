@@ -1,7 +1,7 @@
 """One question on a GPU: what its forwards share, whoever else takes part in them.
 
 Owns the question's plans and steady keys, how many tokens it has had, which of its queries are
-sampled, its random numbers, and what is told to its recorder. Knows no decoder and no batch.
+sampled, the seed of its samples, and what is told to its recorder. Knows no decoder and no batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparse_attn.select.centroid import lookup_bytes
 
 
 class DeviceQuestion:
-    """num_past: tokens of the question and answer that were forwarded."""
+    """seed: [1] int64 on the device; num_past: tokens of question and answer forwarded so far."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class DeviceQuestion:
         )
         self.tails = (self.plans.full, self.plans.sliding_tail)
         self._queries = QuerySample(period=plan.recall_period, seed=plan.seed)
-        self._generator = torch.Generator(context.resident.device).manual_seed(plan.seed)
+        self.seed = torch.tensor([plan.seed], device=context.resident.device)
         self.num_past = 0
 
     @property
@@ -68,10 +68,6 @@ class DeviceQuestion:
     def sampled_layers(self) -> list[int]:
         """The layers in which the next query is sampled."""
         return [] if self.is_exact else self._queries.layers_of(self.num_past, self.num_layers)
-
-    def draw_(self, uniform: Tensor) -> Tensor:
-        """Fill with numbers from 0 to 1, of this question's own."""
-        return uniform.uniform_(generator=self._generator)
 
     def run_one(self, place: int, q: Tensor, t: int) -> Attended:
         """The plan of one query, for query t of a forward that comes next: q [T, H, D]."""
@@ -99,8 +95,7 @@ class DeviceQuestion:
     def _missed(self, place: int, q: Tensor, *, num_strata: int) -> tuple[Tensor, Tensor, Tensor]:
         plan, _ = self.plans.of(1)
         assert isinstance(plan, CentroidDecode)
-        uniform = self.draw_(torch.empty(1, 2, q.shape[1], 2 * num_strata, device=q.device))
-        return plan.sample(place, q, uniform=uniform)
+        return plan.sample(place, q, seeds=self.seed, num_strata=num_strata)
 
     def tell_exact(self, num_tokens: int, *, num_layers: int) -> None:
         """The next num_tokens queries read everything."""

@@ -3,8 +3,7 @@
 Owns which questions share a plan, and what is sampled and told after the forward. The same contract
 as `attention.QuestionAttention` for a row; each question's output, recall and evidence are to the
 bit what they would be alone. A forward decides nothing on the host, so that `decode_graph.py` can
-capture it: what may differ between forwards (which queries are sampled, random numbers) is put in
-place by `prepare`.
+capture it: which queries are sampled, `prepare` puts in place.
 """
 
 from __future__ import annotations
@@ -106,8 +105,7 @@ class _Group:
         num_heads = self._plan.heads.num_heads
         self._samples: list[tuple[int, int]] = []  # of the forward: layer and question
         if isinstance(self._plan, CentroidDecode):
-            draws = 2 * questions[0].plan.num_strata
-            self._uniform = torch.zeros(layers, n, 2, num_heads, draws, device=device)
+            self._seeds = torch.cat([question.seed for question in questions])
             self._chosen = torch.zeros(layers, n, dtype=torch.int32, device=device)
             self._missed = torch.zeros(3, layers, n, num_heads, device=device)
             self._lse_read = torch.zeros(layers, n, num_heads, device=device)
@@ -117,7 +115,7 @@ class _Group:
             self._last_q = list(like[0].new_zeros(shape))
 
     def prepare(self) -> None:
-        """Choose what is sampled, and draw each question's numbers, in the order of layers."""
+        """Choose what is sampled."""
         if not isinstance(self._plan, CentroidDecode):
             return
         chosen = torch.zeros(self._chosen.shape, dtype=torch.int32)
@@ -125,7 +123,6 @@ class _Group:
         for b, question in enumerate(self.questions):
             for place in question.sampled_layers():
                 chosen[place, b] = 1
-                question.draw_(self._uniform[place, b])
                 self._samples.append((place, b))
         self._chosen.copy_(chosen)
 
@@ -140,7 +137,8 @@ class _Group:
             plan.sample(
                 place,
                 q,
-                uniform=self._uniform[place],
+                seeds=self._seeds,
+                num_strata=self.questions[0].plan.num_strata,
                 chosen=self._chosen[place],
                 out=Missed(*self._missed[:, place]),
             )

@@ -63,17 +63,31 @@ def totals_of(own, p, NUM_LISTS: tl.constexpr, TILE: tl.constexpr, UNIFORM: tl.c
 
 
 @triton.jit
+def random_pair(seed, query, layer, head, DRAWS: tl.constexpr):
+    """Two numbers from 0 to 1 for each draw, of their own for each seed, query, layer and head
+    (Philox, Salmon et al. 2011): no state, so that they do not depend on what else was sampled.
+    """
+    draw = tl.arange(0, DRAWS)
+    none = tl.zeros((DRAWS,), tl.int32)
+    a, b, _, _ = tl.philox(
+        seed, none + head.to(tl.int32) * DRAWS + draw, none + query.to(tl.int32), none + layer, none
+    )
+    return tl.uint_to_uniform_float(a), tl.uint_to_uniform_float(b)
+
+
+@triton.jit(do_not_specialize=["layer"])
 def sample_kernel(
-    q, documents, lists, uniform, chosen, lse_read, mean, variance, scale,
+    q, documents, lists, seeds, visible, layer, chosen, lse_read, mean, variance, scale,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, NUM_LISTS: tl.constexpr,
     DRAWS: tl.constexpr, TILE: tl.constexpr, UNIFORM: tl.constexpr, MAX_RATIO: tl.constexpr,
 ):  # fmt: skip
     """Mass of the unread keys over lse_read, estimated from DRAWS of them, two a stratum.
 
     Grid: (P, Z), one query a document. documents: int64 [B, 2], of which the first is the address
-    of keys [N, D]; lists: int64 [Z, NUM_LISTS, 8]; uniform: [B, 2, G, P, DRAWS]; chosen: int32 [B],
-    which documents' queries are sampled, None for all. Writes mean and variance [Z, P] of those;
-    zero where no key is unread. Reads each list three times and DRAWS keys.
+    of keys [N, D]; lists: int64 [Z, NUM_LISTS, 8]; seeds, visible: int64 [B], whose random numbers
+    are drawn, and of which query: how many steady keys it sees; chosen: int32 [B], which documents'
+    queries are sampled, None for all. Writes mean and variance [Z, P] of those; zero where no key
+    is unread. Reads each list three times and DRAWS keys.
     """
     p = tl.program_id(0)
     z = tl.program_id(1)
@@ -86,9 +100,9 @@ def sample_kernel(
     log_total, num_keys, whole = totals_of(own, p, NUM_LISTS, TILE, UNIFORM)
     draw = tl.arange(0, DRAWS)
     row = z * P + p
-    numbers = uniform + (document * (G * P) + row) * DRAWS + draw
-    within = tl.load(numbers)
-    inside = tl.load(numbers + G * P * DRAWS)
+    within, inside = random_pair(
+        tl.load(seeds + document), tl.load(visible + document), layer, row % (G * P), DRAWS
+    )
     place = (within + (draw // 2).to(tl.float32)) / (DRAWS // 2) * whole
     slots = tl.zeros((DRAWS,), tl.int64)
     weights = tl.zeros((DRAWS,), tl.float32)

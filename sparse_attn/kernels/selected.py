@@ -219,12 +219,13 @@ class CentroidDecode:
         layer: int,
         q: Tensor,
         *,
-        uniform: Tensor,
+        seeds: Tensor,
+        num_strata: int,
         chosen: Tensor | None = None,
         out: Missed | None = None,
     ) -> Missed:
-        """What the last `run` of this layer missed, of one query of each document, q [B, H, D]; the
-        rest as `tails.sample_unread` takes it.
+        """What the last `run` of this layer missed, of one query of each document, q [B, H, D], and
+        of a seed each, int64 [B]; the rest as `tails.sample_unread` takes it.
         """
         if layer not in self._unread:
             lists = [self._unread_first(layer)]
@@ -238,7 +239,10 @@ class CentroidDecode:
             self._rows.result.lse_read,
             kind=self._rows.kv,
             scale=self._scale,
-            uniform=uniform,
+            seeds=seeds,
+            visible=self._visible,
+            layer=layer,
+            num_strata=num_strata,
             chosen=chosen,
             out=out,
         )

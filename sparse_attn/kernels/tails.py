@@ -23,29 +23,32 @@ def sample_unread(
     *,
     kind: Any,
     scale: float,
-    uniform: Tensor,
+    seeds: Tensor,
+    visible: Tensor,
+    layer: int,
+    num_strata: int,
     chosen: Tensor | None = None,
     out: Missed | None = None,
 ) -> Missed:
     """What queries [B, H, D] missed; lists: int64 [Z, n, 8] (`sample.LIST_COLUMNS`); lse_read [B,
     H].
 
-    documents: int64 [B, 2], each one's keys, of triton type `kind`, and values; uniform: [B, 2, H,
-    draws], numbers from 0 to 1, two draws a stratum; chosen: int32 [B], whose queries are sampled,
-    None for all; out: where the result goes, for the others unchanged. Launches alone: it can be
-    captured. `estimate.sample_missed` is the definition.
+    documents: int64 [B, 2], each one's keys, of triton type `kind`, and values; seeds, visible:
+    int64 [B], and the layer, whose random numbers are drawn; num_strata: a power of two; chosen:
+    int32 [B], whose queries are sampled, None for all; out: where the result goes, for the others
+    unchanged. Launches alone: it can be captured. `estimate.sample_missed` is the definition.
     """
     num_documents, num_heads, head_dim = q.shape
     num_kv_heads = lists.shape[0] // num_documents
-    draws, per_group = uniform.shape[3], num_heads // num_kv_heads
-    if tuple(uniform.shape) != (num_documents, 2, num_heads, draws) or draws & (draws - 1):
+    draws, per_group = 2 * num_strata, num_heads // num_kv_heads
+    if tuple(seeds.shape) != (num_documents,) or draws & (draws - 1):
         raise ShapeMismatch(
-            f"uniform: {tuple(uniform.shape)}; limit ({num_documents}, 2, {num_heads}, draws), "
-            "draws a power of two; pass numbers for each head"
+            f"seeds {tuple(seeds.shape)} and {num_strata} strata; limit ({num_documents},) and a "
+            "power of two; pass a seed for each query"
         )
     missed = out or Missed(*torch.empty(3, num_documents, num_heads, device=q.device))
     sample_kernel[per_group, lists.shape[0]](
-        q, documents, lists, uniform, chosen, lse_read, missed.mean, missed.variance, scale,
+        q, documents, lists, seeds, visible, layer, chosen, lse_read, *missed[:2], scale,
         G=num_kv_heads, P=per_group, D=head_dim, KV=kind, NUM_LISTS=lists.shape[1], DRAWS=draws,
         TILE=_TILE, UNIFORM=UNIFORM_SHARE, MAX_RATIO=MAX_LOG_RATIO,
     )  # fmt: skip

@@ -215,7 +215,8 @@ def _missed(kv: str, head_dim: int, per_group: int, num_lists: int) -> Iterator[
     drawn = {
         "q": f"*{kv}",
         **_pointers(_LONG, "documents", "lists"),
-        "uniform": _FLOAT,
+        **_pointers(_LONG, "seeds", "visible"),
+        "layer": "i32",
         "chosen": _INT,
         **_pointers(_FLOAT, "lse_read", "mean", "variance"),
         "scale": "fp32",
