@@ -85,25 +85,8 @@ def measure_decode(
     timings = []
     for mode in modes:
         plan = _plan_of(mode, budget, contexts[0])
-        recorders = [
-            Recorder(context.resident, context.place, recall_period=plan.recall_period)
-            for context in (contexts[i % num_documents] for i in range(num_questions))
-        ]
-        attentions = [
-            make_attention(
-                contexts[i % num_documents],
-                replace(plan, seed=i),
-                backend,
-                recorder,
-                scale=model.cfg.attention_scale,
-                windows=model.cfg.windows,
-                capacity_tokens=repeats + WARM_STEPS,
-            )
-            for i, recorder in enumerate(recorders)
-        ]
-        seconds = _time_steps(model, attentions, num_tokens, repeats)
-        num_bytes = sum(recorder.bytes_read_here() for recorder in recorders)
-        step_bytes = num_bytes // (repeats + WARM_STEPS) + model.decoder.num_bytes
+        asked = [contexts[i % num_documents] for i in range(num_questions)]
+        seconds, step_bytes = _time_questions(model, backend, asked, plan, repeats)
         timings.append(
             DecodeTiming(
                 notice=NOTICE,
@@ -123,6 +106,34 @@ def measure_decode(
             )
         )
     return timings
+
+
+def _time_questions(
+    model: LoadedModel,
+    backend: Backend,
+    asked: Sequence[DocumentContext],
+    plan: AttentionPlan,
+    repeats: int,
+) -> tuple[list[float], int]:
+    """Seconds of each step of a question on each of these documents, and the bytes of one."""
+    recorders, attentions = [], []
+    for seed, context in enumerate(asked):
+        recorder = Recorder(context.resident, context.place, recall_period=plan.recall_period)
+        recorders.append(recorder)
+        attentions.append(
+            make_attention(
+                context,
+                replace(plan, seed=seed),
+                backend,
+                recorder,
+                scale=model.cfg.attention_scale,
+                windows=model.cfg.windows,
+                capacity_tokens=repeats + WARM_STEPS,
+            )
+        )
+    seconds = _time_steps(model, attentions, asked[0].num_tokens, repeats)
+    num_bytes = sum(recorder.bytes_read_here() for recorder in recorders)
+    return seconds, num_bytes // (repeats + WARM_STEPS) + model.decoder.num_bytes
 
 
 def _plan_of(mode: Mode, budget: str, context: DocumentContext) -> AttentionPlan:

@@ -87,7 +87,8 @@ class StepAttention:
         """The forward is over: recorders are told, and each question's next token comes after."""
         for group in self._groups:
             group.account()
-        ats = [tail.at for question in self._questions for tail in question.tails]
+        tails = [tail for question in self._questions for tail in question.tails]
+        ats = [tail.at for tail in tails if tail.k]
         torch._foreach_add_(ats, num_tokens)
         for question in self._questions:
             question.num_past += num_tokens
