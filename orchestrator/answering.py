@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from orchestrator.batcher import Batcher
 from orchestrator.cluster.executor import Executor
 from orchestrator.errors import ContextTooLong, UsageError
 from orchestrator.evidence import find_evidence, sentence_spans
@@ -59,6 +60,7 @@ class Question:
     """Everything that one question needs. ids: of its tokens; question_id: what ranks call it."""
 
     executor: Executor
+    batcher: Batcher
     question_id: int
     document: AskedDocument
     ids: list[int]
@@ -106,15 +108,18 @@ class Session:
         self._is_open = True
 
     def forward(self, ids: list[int]) -> Tensor:
-        """Logits [V] float32 after the last of `ids`."""
-        step = Forward(question_id=self.question.question_id, ids=tuple(ids))
-        logits: Tensor = self.question.executor.run(step)
+        """Logits [V] float32 after the last of `ids`; a single one takes a step with others'."""
+        question = self.question
+        if len(ids) == 1:
+            return question.batcher.forward(question.question_id, ids[0])
+        step = Forward(question_id=question.question_id, ids=tuple(ids))
+        logits: Tensor = question.executor.run(step)
         return logits
 
     @property
     def recorder(self) -> Recorder:
         """What attention saw so far on rank 0."""
-        return self.question.executor.worker.recorder_of(self.question.question_id)
+        return self.question.executor.worker.questions.recorder_of(self.question.question_id)
 
     def end(self) -> Recorder:
         """What attention saw, of all ranks together; nothing is forwarded after it."""
@@ -123,6 +128,7 @@ class Session:
 
     def _end(self, *, reports: bool) -> Any:
         self._is_open = False
+        self.question.batcher.leave(self.question.question_id)
         step = EndQuestion(question_id=self.question.question_id, reports=reports)
         return self.question.executor.run(step)
 

@@ -1,8 +1,9 @@
 """Who is asked next, and whether there is room: the coordinator of one engine's ranks.
 
 Owns the documents that are open, who uses them, and admission by memory: a document or question
-that fits waits until there is room, one that never will is refused with the size that would. Steps
-of concurrent questions take turns (`cluster/executor.py`). Refuses to know tokens and answers.
+that fits waits until there is room, one that never will is refused with the size that would. Tokens
+of concurrent questions take steps together (`batcher.py`), everything else takes turns
+(`cluster/executor.py`). Refuses to know tokens and answers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from itertools import count
 from typing import Any
 
 from kv_store import Document, DocumentBusy
+from orchestrator.batcher import Batcher
 from orchestrator.capacity import document_bytes, fitting_tokens, question_bytes
 from orchestrator.cluster.executor import Executor, Turn
 from orchestrator.errors import NotAdmitted
@@ -59,6 +61,7 @@ class Coordinator:
         self._admission = Turn()
         self._opened: OrderedDict[str, _Opened] = OrderedDict()
         self._question_ids = count()
+        self.batcher = Batcher(executor.run, waits=worker.questions.is_batching)
 
     def run(self, action: Action) -> Any:
         """Carry out one action on every rank, in turn with others'."""

@@ -2,7 +2,8 @@
 
 Owns what a caller sees, and nothing of how it is done: the coordinator admits questions, the
 executor's ranks carry them out. One question's path is `ask` -> `Coordinator.admit` ->
-`answering.answer_question` -> `Executor.run` -> `Worker` -> decoder -> `model/attention.py`.
+`answering.answer_question` -> `Batcher.forward` -> `Executor.run` -> `Worker` -> `Questions` ->
+decoder -> `model/attention.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Engine:
     """Ingests documents and answers questions about them.
 
     Use `Engine.load`; close it (or use it as a context manager) to release documents for `docs rm`
-    and to let other ranks go. Threads may ask at once: their steps take turns.
+    and to let other ranks go. Threads may ask at once: their steps are taken together.
     """
 
     def __init__(
@@ -251,6 +252,7 @@ class Engine:
             _ = held.document.text, held.document.spans
             question = Question(
                 executor=self.executor,
+                batcher=self.coordinator.batcher,
                 question_id=admitted.question_id,
                 document=self._asked_document(held),
                 ids=ids,

@@ -46,6 +46,11 @@ class QuerySample:
             sampled += self._draw(layer, run)
         return [query - first_query for query in sampled if first_query <= query < stop]
 
+    def layers_of(self, query: int, num_layers: int) -> list[int]:
+        """The layers in which a query is sampled."""
+        run = query // (2 * self._period)
+        return [layer for layer in range(num_layers) if query in self._draw(layer, run)]
+
     def _draw(self, layer: int, run: int) -> list[int]:
         if (layer, run) not in self._draws:
             width = 2 * self._period

@@ -81,6 +81,16 @@ class Forward:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardEach:
+    """Run one token of each of several questions; its result is, for each, the logits after it, or
+    the error that it met alone.
+    """
+
+    question_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EndQuestion:
     """Forget a question. reports: whether its result, what attention saw, is wanted."""
 
@@ -145,6 +155,7 @@ Action = (
     | CloseDocument
     | BeginQuestion
     | Forward
+    | ForwardEach
     | EndQuestion
     | BeginIngest
     | PrefillChunk
@@ -160,6 +171,7 @@ ACTIONS: dict[str, type[Action]] = {
         CloseDocument,
         BeginQuestion,
         Forward,
+        ForwardEach,
         EndQuestion,
         BeginIngest,
         PrefillChunk,
@@ -212,8 +224,9 @@ def _build(kind: type[Action], values: Mapping[str, Any]) -> Action:
     given = dict(values)
     if set(given) != {field.name for field in fields(kind)}:
         raise ValueError(f"fields {sorted(given)} of {kind.__name__}")
-    if "ids" in given:
-        given["ids"] = tuple(int(token) for token in given["ids"])
+    for name in ("ids", "question_ids"):
+        if name in given:
+            given[name] = tuple(int(number) for number in given[name])
     if kind is BeginQuestion:
         given["attention"] = AttentionPlan(**given["attention"])
     return kind(**given)

@@ -32,13 +32,11 @@ from kv_store import (
 )
 from orchestrator.config import EngineConfig
 from orchestrator.errors import LongspanError, ModelMismatch, RankFailed
-from orchestrator.model.attention import Attention, make_attention
 from orchestrator.model.context import DocumentContext
-from orchestrator.model.decode_graph import DecodeGraph
 from orchestrator.model.load import LoadedModel
-from orchestrator.model.recorder import Recorder
 from orchestrator.place import Place
 from orchestrator.prefill import Prefill
+from orchestrator.questions import Questions
 from orchestrator.steps import (
     Action,
     BeginIngest,
@@ -47,6 +45,7 @@ from orchestrator.steps import (
     EndIngest,
     EndQuestion,
     Forward,
+    ForwardEach,
     Heartbeat,
     OpenDocument,
     PrefillChunk,
@@ -82,14 +81,6 @@ class HeldDocument:
     context: DocumentContext
 
 
-@dataclass(slots=True, kw_only=True)
-class _Question:
-    attention: Attention
-    recorder: Recorder
-    position: int
-    graph: DecodeGraph | None = None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ingest:
     prefill: Prefill
@@ -105,14 +96,15 @@ class Worker:
         self.config, self.model, self.backend, self.place = config, model, backend, place
         self.store = Store(config.store)
         self.documents: dict[str, HeldDocument] = {}
-        self._questions: dict[int, _Question] = {}
+        self.questions = Questions(model, backend, place)
         self._ingests: dict[str, _Ingest] = {}
         self._methods: dict[type[Any], Callable[[Any], Any]] = {
             OpenDocument: self._open,
             CloseDocument: self._close,
             BeginQuestion: self._begin_question,
-            Forward: self._forward,
-            EndQuestion: self._end_question,
+            Forward: self.questions.forward,
+            ForwardEach: self.questions.forward_each,
+            EndQuestion: self.questions.end,
             BeginIngest: self._begin_ingest,
             PrefillChunk: self._prefill_chunk,
             SealSegment: self._seal_segment,
@@ -122,19 +114,15 @@ class Worker:
         }
 
     def execute(self, action: Action) -> Any:
-        """Carry out one step. Returns logits of a Forward, the recorder of an EndQuestion that
-        reports, the files of a SealSegment by KV head, else None. Raises AgreedFault for what all
-        ranks know of; anything else leaves the ranks out of step.
+        """Carry out one step. Returns logits of a Forward, outcomes of a ForwardEach, the recorder
+        of an EndQuestion that reports, the files of a SealSegment by KV head, else None. Raises
+        AgreedFault for what all ranks know of; anything else leaves the ranks out of step.
         """
         return self._methods[type(action)](action)
 
-    def recorder_of(self, question_id: int) -> Recorder:
-        """What a question in progress has seen on this rank, for benchmarks and tests."""
-        return self._questions[question_id].recorder
-
     def close(self) -> None:
         """Release every document."""
-        self._questions.clear()
+        self.questions.clear()
         self._ingests.clear()
         for held in self.documents.values():
             held.document.close()
@@ -188,51 +176,10 @@ class Worker:
         self._agree(lambda: None if held is None else held.document.close())
 
     def _begin_question(self, action: BeginQuestion) -> None:
-        context, cfg = self.documents[action.document].context, self.model.cfg
+        context = self.documents[action.document].context
         if action.attention.mode != "exact":
             self._agree(context.require_clusters)
-        recorder = Recorder(
-            context.resident, self.place, recall_period=action.attention.recall_period
-        )
-        attention = make_attention(
-            context,
-            action.attention,
-            self.backend,
-            recorder,
-            scale=cfg.attention_scale,
-            windows=cfg.windows,
-            capacity_tokens=action.capacity_tokens,
-        )
-        graph = None
-        if attention.is_static and self.model.decoder.device.type == "cuda":
-            graph = DecodeGraph(self.model.decoder, attention)
-        self._questions[action.question_id] = _Question(
-            attention=attention, recorder=recorder, position=context.num_tokens, graph=graph
-        )
-
-    def _forward(self, action: Forward) -> Tensor:
-        """Logits [V] float32 after the last token."""
-        question, decoder = self._questions[action.question_id], self.model.decoder
-        start, stop = question.position, question.position + len(action.ids)
-        question.position = stop
-        with torch.inference_mode():
-            if question.graph is not None and len(action.ids) == 1:
-                logits = question.graph.forward(action.ids[0], start)
-            else:
-                ids = torch.tensor(action.ids, device=decoder.device)
-                positions = torch.arange(start, stop, device=decoder.device)
-                hidden = decoder.forward(ids, positions, question.attention)
-                logits = decoder.logits(hidden[-1:])[0]
-            question.attention.advance(len(action.ids))
-            self.place.flat.settle()
-            return logits
-
-    def _end_question(self, action: EndQuestion) -> Recorder | None:
-        recorder = self._questions.pop(action.question_id).recorder
-        if not action.reports:
-            return None
-        recorder.merge()
-        return recorder
+        self.questions.begin(action, context)
 
     def _begin_ingest(self, action: BeginIngest) -> None:
         layout = DocumentParams(**action.params).layout(num_tokens=action.num_tokens)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from orchestrator.answering import Session
 from orchestrator.engine import Engine
 from orchestrator.ingest import IngestOptions
-from orchestrator.types import Answer, AskOptions, Mode
+from orchestrator.steps import Forward, ForwardEach
+from orchestrator.types import Answer, AskOptions, Mode, Sampling
 from sparse_attn import reference, torch_backend
 from tests.sparse_attn.inputs import SCALE, random_qkv
 from tests.tiny_model import QUESTION, SEGMENT_TOKENS, TEXT, save_tiny_model
@@ -94,6 +98,85 @@ def test_bfloat16_answers_with_recall_and_evidence(tmp_path: Path) -> None:
             assert answer.recall.audit is not None
             assert abs(answer.recall.mass_mean - answer.recall.audit.mass_mean) < 0.1
             assert answer.recall.audit.bound_violations == 0
+
+
+ASKED: tuple[dict[str, Any], ...] = (
+    {"mode": "exact"},
+    {"mode": "centroid", "budget": 256},
+    {"mode": "centroid", "budget": 256, "seed": 4},
+    {"mode": "window"},
+    {"mode": "centroid", "budget": 256, "levels": 2},
+    {"mode": "centroid", "mass": 0.8},
+    {"mode": "exact"},
+)
+MANY = ASKED * 3  # more rows than one tile of a product has
+
+
+def begin_all(engine: Engine, stack: ExitStack) -> list[Session]:
+    """The questions of `MANY` on two documents, read and no more."""
+    begun = []
+    for i, given in enumerate(MANY):
+        seed = Sampling(seed=given.get("seed", 0))
+        options = {name: value for name, value in given.items() if name != "seed"}
+        session = stack.enter_context(
+            engine.begin(
+                f"{NAME}{i % 2}",
+                QUESTION,
+                AskOptions(**options, sampling=seed),
+                num_answer_tokens=8,
+            )
+        )
+        session.forward(session.question_ids)
+        begun.append(session)
+    return begun
+
+
+def told(session: Session) -> tuple[object, ...]:
+    """Everything that the question's recorder says."""
+    recorder = session.end()
+    mass = recorder.token_mass().tolist()
+    return mass, recorder.attended_keys(), recorder.bytes_read(), recorder.recall()
+
+
+@pytest.mark.parametrize("case", ["llama-yarn-wide-heads", "gemma3-wide-heads"])
+def test_questions_in_one_forward_have_the_bits_that_each_has_alone(
+    tmp_path: Path, case: str
+) -> None:
+    """Eager, captured and replayed steps of many, then of some that another one joins."""
+    save_tiny_model(tmp_path / "model", case)
+    options = {"store": tmp_path, "device": "cuda", "dtype": "bfloat16", "backend": "triton"}
+    with Engine.load(str(tmp_path / "model"), **options) as engine, ExitStack() as stack:
+        for i in (0, 1):
+            engine.ingest(text=TEXT[: 1800 - 400 * i], name=f"{NAME}{i}", options=OPTIONS)
+        assert engine.executor.worker.questions.is_batching
+        together, alone = begin_all(engine, stack), begin_all(engine, stack)
+        all_but_one = tuple(i for i in range(len(MANY)) if i != 5)
+        steps = [all_but_one] * 3 + [(1, 2, 4, 5, 6)] * 3 + [(5,)]
+        for step, members in enumerate(steps):
+            ids = tuple(together[i].question.question_id for i in members)
+            tokens = tuple((11 * i + step) % 200 for i in members)
+            outcomes = engine.executor.run(ForwardEach(question_ids=ids, ids=tokens))
+            found = [outcome.clone() for outcome in outcomes]
+            for i, token, own in zip(members, tokens, found, strict=True):
+                step_alone = Forward(question_id=alone[i].question.question_id, ids=(token,))
+                assert torch.equal(own, engine.executor.run(step_alone)), (step, MANY[i])
+        for i, given in enumerate(MANY):
+            assert told(together[i]) == told(alone[i]), given
+
+
+def test_concurrent_questions_answer_as_each_alone(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model", "llama-yarn-wide-heads")
+    options = {"store": tmp_path, "device": "cuda", "dtype": "bfloat16", "backend": "triton"}
+
+    def ask(i: int) -> dict[str, Any]:
+        answer = engine.ask(NAME, QUESTION, max_tokens=24 + i, audit=i == 1, **ASKED[i]).to_json()
+        return {name: answer[name] for name in ("answer", "usage", "recall", "evidence")}
+
+    with Engine.load(str(tmp_path / "model"), **options) as engine:
+        engine.ingest(text=TEXT, name=NAME, options=OPTIONS)
+        alone = [ask(i) for i in range(len(ASKED))]
+        with ThreadPoolExecutor(len(ASKED)) as pool:
+            assert list(pool.map(ask, range(len(ASKED)))) == alone
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

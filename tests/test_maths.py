@@ -181,6 +181,9 @@ def test_two_queries_of_each_full_run_are_sampled_whatever_the_tiles(num_queries
         counts[chosen] += 1
     assert counts.min() >= 25
     assert counts.max() <= 80  # 50 each are expected
+    for query in range(num_queries):  # the same, asked the other way round
+        layers = [layer for layer in range(200) if sample.chosen(layer, query, 1)]
+        assert sample.layers_of(query, 200) == layers
 
 
 def sampled(table: NDArray[np.float64], *, period: int, seed: int) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from orchestrator.steps import (
     Chain,
     EndQuestion,
     Forward,
+    ForwardEach,
     Heartbeat,
     OpenDocument,
     PrefillChunk,
@@ -37,6 +38,7 @@ EXAMPLES: list[Action] = [
         capacity_tokens=99,
     ),
     Forward(question_id=7, ids=(1, 2, 3)),
+    ForwardEach(question_ids=(7, 9), ids=(1, 2)),
     EndQuestion(question_id=7, reports=True),
     BeginIngest(
         document="b",

@@ -58,7 +58,7 @@ def _measure_decode(store: Path) -> dict[str, float]:
             token = int(session.forward(session.question_ids).argmax())
             worker, question_id = engine.executor.worker, session.question.question_id
             action = Forward(question_id=question_id, ids=(token,))
-            question = worker._questions[question_id]
+            question = worker.questions._questions[question_id]
             decoder = worker.model.decoder
 
             def direct() -> None:

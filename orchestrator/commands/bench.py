@@ -53,6 +53,8 @@ def amortised(
 )
 @click.option("--keys-per-cluster", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--clusters-per-group", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--questions", type=int, default=1, show_default=True)
+@click.option("--documents", type=int, default=1, show_default=True)
 @JSON
 @engine_options
 def decode(
@@ -63,10 +65,14 @@ def decode(
     kv_dtype: str | None,
     keys_per_cluster: int,
     clusters_per_group: int,
+    questions: int,
+    documents: int,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """One decode step on a synthetic document; made for --model shape:NAME[@LAYERS]."""
+    """One decode step on synthetic documents, of one or several questions; made for --model
+    shape:NAME[@LAYERS].
+    """
     from orchestrator.evaluation.decode_bench import measure_decode
     from sparse_attn.select.centroid_build import CentroidParams
 
@@ -83,6 +89,8 @@ def decode(
             clusters=CentroidParams(
                 keys_per_cluster=keys_per_cluster, clusters_per_group=clusters_per_group
             ),
+            num_questions=questions,
+            num_documents=documents,
         )
     if not as_json:
         click.echo(timings[0].notice)
@@ -91,7 +99,8 @@ def decode(
                 f"{timing.mode:9} limit {timing.limit_s * 1e3:8.2f} ms  "
                 f"median {timing.median_s * 1e3:8.2f} ms  "
                 f"({timing.min_s * 1e3:.2f} to {timing.max_s * 1e3:.2f}), "
-                f"{timing.limit_s / timing.median_s:.0%} of the limit"
+                f"{timing.limit_s / timing.median_s:.0%} of the limit, "
+                f"{timing.tokens_per_s:.1f} tokens/s"
             )
     echo_json({"schema": 1, "benchmark": "decode", "results": [t.as_json() for t in timings]})
 

@@ -1,17 +1,21 @@
-"""Seconds of one decode step on synthetic KV of a given length, beside what the bytes allow."""
+"""Seconds of one decode step on synthetic KV of a given length, beside what the bytes allow; of one
+question, or of several that take their steps together.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
+from torch import Tensor
 
 from orchestrator.answering import RECALL_PERIOD
 from orchestrator.evaluation.synthetic import NOTICE, synthetic_context
 from orchestrator.model.attention import Attention, make_attention
-from orchestrator.model.decode_graph import DecodeGraph
+from orchestrator.model.context import DocumentContext
 from orchestrator.model.load import LoadedModel
 from orchestrator.model.recorder import Recorder
 from orchestrator.selection import decide
@@ -20,11 +24,14 @@ from orchestrator.types import AskOptions, Mode
 from sparse_attn.api import Backend
 from sparse_attn.select.centroid_build import CentroidParams
 
+# The first compiles, the second is captured where there is a graph, the third settles.
+WARM_STEPS = 3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeTiming:
     """One mode on one length; limit_s: step_bytes at the bandwidth that this run measured; build_s:
-    of the document.
+    of the documents; tokens_per_s: of all num_questions, which are on num_documents documents.
     """
 
     notice: str
@@ -35,6 +42,8 @@ class DecodeTiming:
     kv_dtype: str
     keys_per_cluster: int
     clusters_per_group: int
+    num_questions: int
+    num_documents: int
     build_s: float
     bandwidth_bytes_per_s: float
     step_bytes: int
@@ -42,6 +51,7 @@ class DecodeTiming:
     median_s: float
     min_s: float
     max_s: float
+    tokens_per_s: float
 
     def as_json(self) -> dict[str, object]:
         """Plain values."""
@@ -57,61 +67,49 @@ def measure_decode(
     modes: tuple[Mode, ...],
     budget: str,
     repeats: int,
+    num_questions: int = 1,
+    num_documents: int = 1,
     kv_dtype: str | None = None,
     clusters: CentroidParams | None = None,
 ) -> list[DecodeTiming]:
-    """Time one-token forwards in each mode on the same synthetic document; kv_dtype: as in
-    `IngestOptions`.
+    """Time forwards of one token of each question, in each mode, on the same synthetic documents.
+
+    num_documents: on which the questions are, in turn; each is a document of its own in memory;
+    kv_dtype: as in `IngestOptions`.
     """
-    decoder, cfg, clusters = model.decoder, model.cfg, clusters or CentroidParams()
-    began = time.perf_counter()
-    context = synthetic_context(
-        cfg,
-        num_tokens=num_tokens,
-        segment_tokens=segment_tokens,
-        dtype=decoder.dtype,
-        device=decoder.device,
-        kv_dtype=kv_dtype,
-        clusters=clusters,
-    )
-    bandwidth = measure_read_bandwidth(decoder.device)  # waits for what was queued
+    clusters, began = clusters or CentroidParams(), time.perf_counter()
+    contexts = [
+        synthetic_context(
+            model.cfg,
+            num_tokens=num_tokens,
+            segment_tokens=segment_tokens,
+            dtype=model.decoder.dtype,
+            device=model.decoder.device,
+            seed=seed,
+            kv_dtype=kv_dtype,
+            clusters=clusters,
+        )
+        for seed in range(num_documents)
+    ]
+    bandwidth = measure_read_bandwidth(model.decoder.device)  # waits for what was queued
     build_s = time.perf_counter() - began
     timings = []
     for mode in modes:
-        decision = decide(
-            AskOptions(mode=mode, budget=budget if mode == "centroid" else None),
-            num_tokens=num_tokens,
-            num_steady=context.num_steady,
-            keys_per_cluster=clusters.keys_per_cluster,
-        )
-        plan = AttentionPlan(
-            mode=mode,
-            keys=decision.retrieved_keys or 0,
-            levels=decision.levels,
-            recall_period=RECALL_PERIOD,
-        )
-        recorder = Recorder(context.resident, context.place, recall_period=plan.recall_period)
-        attention = make_attention(
-            context,
-            plan,
-            backend,
-            recorder,
-            scale=cfg.attention_scale,
-            windows=cfg.windows,
-            capacity_tokens=repeats + 2,
-        )
-        seconds = _time_steps(model, attention, num_tokens, repeats)
-        step_bytes = recorder.bytes_read_here() // (repeats + 2) + decoder.num_bytes
+        plan = _plan_of(mode, budget, contexts[0], clusters)
+        asked = [contexts[i % num_documents] for i in range(num_questions)]
+        seconds, step_bytes = _time_questions(model, backend, asked, plan, repeats)
         timings.append(
             DecodeTiming(
                 notice=NOTICE,
                 model=model.name,
                 mode=mode,
-                levels=decision.levels,
+                levels=plan.levels,
                 num_tokens=num_tokens,
-                kv_dtype=context.resident.layout.kv_dtype,
+                kv_dtype=contexts[0].resident.layout.kv_dtype,
                 keys_per_cluster=clusters.keys_per_cluster,
                 clusters_per_group=clusters.clusters_per_group,
+                num_questions=num_questions,
+                num_documents=num_documents,
                 build_s=build_s,
                 bandwidth_bytes_per_s=bandwidth,
                 step_bytes=step_bytes,
@@ -119,9 +117,55 @@ def measure_decode(
                 median_s=statistics.median(seconds),
                 min_s=min(seconds),
                 max_s=max(seconds),
+                tokens_per_s=num_questions / statistics.median(seconds),
             )
         )
     return timings
+
+
+def _time_questions(
+    model: LoadedModel,
+    backend: Backend,
+    asked: Sequence[DocumentContext],
+    plan: AttentionPlan,
+    repeats: int,
+) -> tuple[list[float], int]:
+    """Seconds of each step of a question on each of these documents, and the bytes of one."""
+    recorders, attentions = [], []
+    for seed, context in enumerate(asked):
+        recorder = Recorder(context.resident, context.place, recall_period=plan.recall_period)
+        recorders.append(recorder)
+        attentions.append(
+            make_attention(
+                context,
+                replace(plan, seed=seed),
+                backend,
+                recorder,
+                scale=model.cfg.attention_scale,
+                windows=model.cfg.windows,
+                capacity_tokens=repeats + WARM_STEPS,
+            )
+        )
+    seconds = _time_steps(model, attentions, asked[0].num_tokens, repeats)
+    num_bytes = sum(recorder.bytes_read_here() for recorder in recorders)
+    return seconds, num_bytes // (repeats + WARM_STEPS) + model.decoder.num_bytes
+
+
+def _plan_of(
+    mode: Mode, budget: str, context: DocumentContext, clusters: CentroidParams
+) -> AttentionPlan:
+    decision = decide(
+        AskOptions(mode=mode, budget=budget if mode == "centroid" else None),
+        num_tokens=context.num_tokens,
+        num_steady=context.num_steady,
+        keys_per_cluster=clusters.keys_per_cluster,
+    )
+    return AttentionPlan(
+        mode=mode,
+        keys=decision.retrieved_keys or 0,
+        levels=decision.levels,
+        recall_period=RECALL_PERIOD,
+    )
 
 
 def measure_read_bandwidth(device: torch.device, *, num_bytes: int = 1 << 30) -> float:
@@ -132,26 +176,48 @@ def measure_read_bandwidth(device: torch.device, *, num_bytes: int = 1 << 30) ->
 
 
 def _time_steps(
-    model: LoadedModel, attention: Attention, position: int, repeats: int
+    model: LoadedModel, attentions: Sequence[Attention], position: int, repeats: int
 ) -> list[float]:
-    decoder = model.decoder
-    is_graph = attention.is_static and decoder.device.type == "cuda"
-    graph = DecodeGraph(decoder, attention) if is_graph else None
+    forward = _forward_of(model, attentions)
+    tokens = [0] * len(attentions)
 
     def step(offset: int) -> None:
-        if graph is not None:
-            logits = graph.forward(0, position + offset)
-        else:
-            ids = torch.zeros(1, dtype=torch.int64, device=decoder.device)
-            hidden = decoder.forward(ids, ids + position + offset, attention)
-            logits = decoder.logits(hidden)[0]
-        attention.advance(1)
-        int(logits.argmax())
+        logits = forward(tokens, [position + offset] * len(attentions))
+        torch.stack(logits).argmax(dim=1).tolist()
 
     with torch.inference_mode():
-        for offset in range(2):
+        for offset in range(WARM_STEPS):
             step(offset)
-        return [_time_once(lambda o=offset: step(o + 2)) for offset in range(repeats)]
+        return [_time_once(lambda o=offset: step(o + WARM_STEPS)) for offset in range(repeats)]
+
+
+def _forward_of(
+    model: LoadedModel, attentions: Sequence[Attention]
+) -> Callable[[Sequence[int], Sequence[int]], list[Tensor]]:
+    """One token of each question: one forward where attention is by plans, else one after another,
+    as `questions.py` does it.
+    """
+    decoder = model.decoder
+    if all(attention.is_static for attention in attentions):
+        from orchestrator.model.decode_batch import DecodeBatch
+        from orchestrator.model.device_attention import DeviceAttention
+
+        planned = [x for x in attentions if isinstance(x, DeviceAttention)]
+        assert len(planned) == len(attentions)
+        with torch.inference_mode():
+            return DecodeBatch(decoder, planned).forward
+
+    def forward(tokens: Sequence[int], positions: Sequence[int]) -> list[Tensor]:
+        logits = []
+        for attention, token, position in zip(attentions, tokens, positions, strict=True):
+            ids = torch.tensor([token], device=decoder.device)
+            attention.prepare(1)
+            hidden = decoder.forward(ids, torch.full_like(ids, position), attention)
+            logits.append(decoder.logits(hidden)[0])
+            attention.advance(1)
+        return logits
+
+    return forward
 
 
 def _time_once(function: object) -> float:

@@ -15,7 +15,7 @@ ranks divides 8, the bits are those of one rank.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,10 +36,15 @@ from sparse_attn.step import UnitsRead
 class Attention(Protocol):
     """A question's attention, called once per layer and forward, in layer order.
 
-    is_static: whether a forward of one token decides nothing on the host.
+    is_static: whether a forward of one token decides nothing on the host, but in `prepare` and
+    `advance`.
     """
 
     is_static: bool
+
+    def prepare(self, num_tokens: int) -> None:
+        """A forward of num_tokens comes next."""
+        ...
 
     def __call__(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
@@ -98,6 +103,9 @@ class QuestionAttention:
         else:
             out = self._attend_tiles(full_layer, q, steady, past)
         return self._join_heads(out.to(q.dtype))
+
+    def prepare(self, num_tokens: int) -> None:
+        """Nothing is to be done before a forward."""
 
     def advance(self, num_tokens: int) -> None:
         """Nothing is left to do after a forward."""
@@ -277,29 +285,19 @@ def make_attention(
     capacity_tokens: int,
 ) -> Attention:
     """A question's attention: by plans where the backend has them and one rank holds everything."""
+    options: dict[str, Any] = {
+        "scale": scale,
+        "windows": windows,
+        "capacity_tokens": capacity_tokens,
+    }
     if backend.makes_plans and context.place.is_alone:
         from orchestrator.model.device_attention import DeviceAttention
+        from orchestrator.model.device_question import DeviceQuestion
         from sparse_attn.kernels.backend import TritonBackend
 
         assert isinstance(backend, TritonBackend)
-        return DeviceAttention(
-            context,
-            plan,
-            backend,
-            recorder,
-            scale=scale,
-            windows=windows,
-            capacity_tokens=capacity_tokens,
-        )
-    return QuestionAttention(
-        context,
-        plan,
-        backend,
-        recorder,
-        scale=scale,
-        windows=windows,
-        capacity_tokens=capacity_tokens,
-    )
+        return DeviceAttention(DeviceQuestion(context, plan, backend, recorder, **options))
+    return QuestionAttention(context, plan, backend, recorder, **options)
 
 
 def merge_over(ranks: Group, part: Part, backend: Backend) -> Part:

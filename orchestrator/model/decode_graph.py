@@ -1,11 +1,13 @@
-"""A decode step as one CUDA graph: captured once a question, replayed for every further token.
+"""A decode step as one CUDA graph: captured once a set of questions, replayed for every token.
 
-Owns the tensors that a captured forward reads (token, position) and writes (logits). The first
-token runs as it is, so that every kernel is compiled; the second one is captured. Refuses to know
+Owns the tensors that a captured forward reads (tokens, positions) and writes (logits). The first
+step runs as it is, so that every kernel is compiled; the second one is captured. Refuses to know
 what attention does: one that `is_static` keeps all that changes from step to step on the device.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,26 +17,35 @@ from orchestrator.model.decoder import Decoder
 
 
 class DecodeGraph:
-    """Forwards of one token of one question."""
+    """Forwards of num_tokens tokens, one each of as many questions."""
 
-    def __init__(self, decoder: Decoder, attention: Attention) -> None:
+    def __init__(self, decoder: Decoder, attention: Attention, *, num_tokens: int = 1) -> None:
         self._decoder, self._attention = decoder, attention
-        self._ids = torch.zeros(1, dtype=torch.int64, device=decoder.device)
+        self._ids = torch.zeros(num_tokens, dtype=torch.int64, device=decoder.device)
         self._positions = torch.zeros_like(self._ids)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._is_warm = False
 
-    def forward(self, token: int, position: int) -> Tensor:
-        """Logits [V] float32 after `token` at `position`; valid until the next call."""
-        self._ids.fill_(token)
-        self._positions.fill_(position)
-        if not self._is_warm:
+    def forward(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Logits [num_tokens, V] float32 after each token at its position, the attention prepared
+        before and advanced after it; valid until the next call.
+        """
+        self._attention.prepare(1)
+        self._ids.copy_(torch.tensor(tokens))
+        self._positions.copy_(torch.tensor(positions))
+        logits = self._replay()
+        self._attention.advance(1)
+        return logits
+
+    def _replay(self) -> Tensor:
+        if self._decoder.device.type != "cuda" or not self._is_warm:
             self._is_warm = True
             return self._compute()
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Other threads choose tokens meanwhile, which is no part of the graph.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._logits = self._compute()
         self._graph.replay()
         assert self._logits is not None
@@ -42,4 +53,4 @@ class DecodeGraph:
 
     def _compute(self) -> Tensor:
         hidden = self._decoder.forward(self._ids, self._positions, self._attention)
-        return self._decoder.logits(hidden)[0]
+        return self._decoder.logits(hidden)

@@ -67,11 +67,18 @@ class Room:
     at: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rooms:
+    """A room for each of the next tokens: their table (`kernels.rotary.rooms_of`)."""
+
+    table: Tensor
+
+
 @runtime_checkable
 class Placing(Protocol):
     """An attention whose keys and values are written to their place before it is called."""
 
-    def room(self, layer_idx: int) -> Room: ...
+    def room(self, layer_idx: int) -> Room | Rooms: ...
 
     def attend_placed(self, layer_idx: int, q: Tensor) -> Tensor:
         """As `Attend`, for keys and values that are in their room."""
@@ -112,6 +119,11 @@ class Decoder:
             rope: inverse_frequencies(rope, cfg.head_dim).to(self.device)
             for rope in {cfg.rope, cfg.rope_sliding}
         }
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether a layer is computed by kernels, whose bits of a row depend on no other row."""
+        return self._fused is not None
 
     @property
     def num_bytes(self) -> int:
@@ -233,8 +245,14 @@ class Decoder:
         placing: object = attend
         if self._fused is None or not isinstance(placing, Placing):
             return attend(layer_idx, *self._rotated(heads, layer_idx, turn))
-        room, eps = placing.room(layer_idx), self.cfg.norm_eps
-        q = self._fused.rotate_append(heads, *turn, layer.qk_norm, room.k, room.v, room.at, eps=eps)
+        room, eps, norm = placing.room(layer_idx), self.cfg.norm_eps, layer.qk_norm
+        if isinstance(room, Rooms):
+            num_kv_heads = len(self.shard.kv_heads)
+            q = self._fused.rotate_append_each(
+                heads, *turn, norm, room.table, num_kv_heads=num_kv_heads, eps=eps
+            )
+        else:
+            q = self._fused.rotate_append(heads, *turn, norm, room.k, room.v, room.at, eps=eps)
         return placing.attend_placed(layer_idx, q)
 
     def _heads(self, normed: Tensor, layer_idx: int) -> Tensor:

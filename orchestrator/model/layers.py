@@ -55,6 +55,18 @@ class Fused(Protocol):
         eps: float,
     ) -> Tensor: ...
 
+    def rotate_append_each(
+        self,
+        heads: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        qk_norm: Tensor | None,
+        rooms: Tensor,
+        *,
+        num_kv_heads: int,
+        eps: float,
+    ) -> Tensor: ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:

@@ -53,8 +53,9 @@ class Recorder:
         self._bounds: list[Tensor] = []
         self._audits: list[list[Tensor]] = [[] for _ in resident.k]
         self._num_violations = 0
-        # Per call: keys of each query here, summed over KV heads [T], and those all ranks read.
-        self._keys: list[tuple[Tensor, float]] = []
+        # Per call: keys of each query here, summed over KV heads [T], of which some more were read
+        # by each of them, and those all ranks read.
+        self._keys: list[tuple[Tensor, float, float]] = []
         self._num_rows: list[tuple[Tensor, int]] = []
         self._lookup_bytes = 0
         self._packed_bytes: list[Tensor] = []
@@ -64,10 +65,13 @@ class Recorder:
         """Where the attention mass of answer queries over each slot is added up: [N] float32."""
         return self._mass[full_layer]
 
-    def add_exact(self, num_queries: int, num_keys: int) -> None:
-        """Every key was read by `num_queries` queries at once, by one rank or another."""
-        self._keys.append((torch.zeros(num_queries), float(num_keys)))
-        self._num_rows.append((torch.zeros(1), 2 * self._num_shared_heads() * num_keys))
+    def add_exact(self, num_queries: int, num_keys: int, *, num_layers: int = 1) -> None:
+        """Every key was read by `num_queries` queries at once, by one rank or another, in each of
+        num_layers layers.
+        """
+        self._keys.append((torch.zeros(num_layers * num_queries), 0.0, float(num_keys)))
+        num_rows = 2 * num_layers * self._num_shared_heads() * num_keys
+        self._num_rows.append((torch.zeros(1), num_rows))
 
     def add_read(
         self,
@@ -85,8 +89,8 @@ class Recorder:
         """
         num_queries = read.num_attended.shape[1]
         self._num_queries += num_queries if full_layer == 0 else 0
-        attended = read.num_attended.double().sum(dim=0) + num_sampled / num_queries
-        self._keys.append((attended, float(num_steady)))
+        attended = read.num_attended.double().sum(dim=0)
+        self._keys.append((attended, num_sampled / num_queries, float(num_steady)))
         steady_rows = 2 * self._num_shared_heads() * num_steady
         self._num_rows.append((read.num_read, steady_rows + num_sampled))
         self._lookup_bytes += lookup_bytes
@@ -103,15 +107,16 @@ class Recorder:
     ) -> None:
         """What queries read here that each selected for itself, in one or more layers at once.
 
-        counts: [layers, T, G], retrieved keys; lookup_bytes and packed_bytes []: of tables, known
-        and on the device; num_sampled: keys read for the recall sample, over all of them.
+        counts: [layers, T], retrieved keys over all KV heads; lookup_bytes and packed_bytes []: of
+        tables, known and on the device; num_sampled: keys read for the recall sample, over all of
+        them.
         """
-        num_layers, num_queries, _ = counts.shape
+        num_layers, num_queries = counts.shape
         self._num_queries += num_queries if has_first_layer else 0
-        attended = counts.double().sum(dim=2).flatten() + num_sampled / (num_layers * num_queries)
-        self._keys.append((attended, float(num_steady)))
+        sampled = num_sampled / (num_layers * num_queries)
+        self._keys.append((counts.flatten(), sampled, float(num_steady)))
         steady_rows = 2 * self._num_shared_heads() * num_steady * num_layers
-        self._num_rows.append((counts.sum().view(1), steady_rows + num_sampled))
+        self._num_rows.append((counts, steady_rows + num_sampled))
         self._lookup_bytes += lookup_bytes
         self._packed_bytes.append(packed_bytes)
 
@@ -140,11 +145,13 @@ class Recorder:
         mass = torch.zeros(num_tokens, dtype=torch.float64)
         for own, positions in zip(self._mass, self._resident.positions, strict=True):
             mass.index_add_(0, positions.long().cpu(), own.double().cpu())
-        keys = torch.cat([own.double().cpu() for own, _ in self._keys] or [torch.zeros(0).double()])
+        keys = torch.cat(
+            [own.cpu().double() + more for own, more, _ in self._keys] or [torch.zeros(0).double()]
+        )
         counts = torch.tensor([self.bytes_read_here(), self._num_violations], dtype=torch.int64)
         for tensor in (mass, keys, counts):
             place.flat.control.all_reduce_(tensor)
-        shared = [torch.full(own.shape, more) for own, more in self._keys]
+        shared = [torch.full(own.shape, more) for own, _, more in self._keys]
         everywhere = torch.cat(shared) if shared else torch.zeros(0)
         self._merged = _Merged(
             token_mass=mass.numpy(),

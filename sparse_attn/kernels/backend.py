@@ -20,7 +20,8 @@ from sparse_attn.composed import Composed
 from sparse_attn.errors import BackendUnknown
 from sparse_attn.kernels import layer
 from sparse_attn.kernels.decode import DecodeDocument, DenseDecode, Heads
-from sparse_attn.kernels.selected import CentroidDecode, Tables, make_tables
+from sparse_attn.kernels.selected import CentroidDecode
+from sparse_attn.kernels.tables import Tables, join_tables, tables_of
 from sparse_attn.select.base import Limit
 from sparse_attn.select.centroid import Units
 
@@ -62,45 +63,50 @@ class TritonBackend(Composed):
     def plan_dense(
         self,
         heads: Heads,
-        document: DecodeDocument,
+        documents: Sequence[DecodeDocument],
         visible: Tensor,
         *,
         scale: float,
         windows: Sequence[int] | None = None,
-        keeps: bool = False,
+        evidence: Sequence[Sequence[Tensor]] | None = None,
     ) -> DenseDecode:
-        """A plan that reads every key of the document; see `decode.DenseDecode`."""
-        return DenseDecode(heads, [document], visible, scale=scale, windows=windows, keeps=keeps)
+        """A plan that reads every key of the documents; see `decode.DenseDecode`."""
+        return DenseDecode(
+            heads, documents, visible, scale=scale, windows=windows, evidence=evidence
+        )
 
     def plan_selected(
         self,
         heads: Heads,
-        document: DecodeDocument,
+        documents: Sequence[DecodeDocument],
         visible: Tensor,
         *,
         limit: Limit,
         levels: int,
         scale: float,
         estimates: bool,
-        keeps: bool = False,
+        evidence: Sequence[Sequence[Tensor]] | None = None,
     ) -> CentroidDecode:
-        """A plan that reads what its limit allows; see `selected.CentroidDecode`. Plans of one
-        document share its tables.
+        """A plan that reads what its limit allows; see `selected.CentroidDecode`. Plans share the
+        tables of a document.
         """
-        of_document = document.indexes[0].clusters
-        if of_document not in self._tables:
-            self._tables[of_document] = make_tables([document])
         return CentroidDecode(
             heads,
-            [document],
+            documents,
             visible,
             limit=limit,
             levels=levels,
             scale=scale,
             estimates=estimates,
-            keeps=keeps,
-            tables=self._tables[of_document],
+            evidence=evidence,
+            tables=join_tables([self._tables_of(document) for document in documents]),
         )
+
+    def _tables_of(self, document: DecodeDocument) -> Tables:
+        of_document = document.indexes[0].clusters
+        if of_document not in self._tables:
+            self._tables[of_document] = tables_of(document.indexes)
+        return self._tables[of_document]
 
 
 def _is_small(x: Tensor, weight: Tensor) -> bool:

@@ -25,7 +25,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Tensors as in `take_kernel`.
+    """Tensors as in `take_kernel`; units: of heads a table of addresses, else `members`.
 
     opened: None where the units are those of heads; slots: where those of what is taken go, None
     where it is groups; most_keys: that the units of one problem can have; expected: how many units
@@ -35,9 +35,7 @@ class Choice:
     heads: Heads
     limit: Limit
     mass: Tensor
-    sizes: Tensor
-    firsts: Tensor
-    counts: Tensor
+    units: Tensor
     bounds: Tensor
     steady_lse: Tensor
     num_steady: int
@@ -60,7 +58,7 @@ class Choice:
         block = min(most, triton.next_power_of_2(max(width, 128)))
         slots = self.entries if self.slots is None else self.slots
         take_kernel[(heads.num_problems,)](
-            self.mass, self.sizes, self.firsts, self.counts, self.bounds,
+            self.mass, self.units, self.bounds,
             self.steady_lse, self.tile_lse,
             None if opened is None else opened.lse, None if opened is None else opened.bounds,
             self.scratch, self.entries, self.entry_bounds, self.place_bounds, slots,

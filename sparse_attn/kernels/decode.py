@@ -24,12 +24,12 @@ from sparse_attn.kernels.decode_checks import (
     check_keys,
     check_layer,
 )
-from sparse_attn.kernels.dense import attend_runs_kernel, spread_kernel
+from sparse_attn.kernels.dense import attend_runs_kernel
+from sparse_attn.kernels.evidence import Evidence, spans_of
 from sparse_attn.kernels.merge import merge_kernel, merge_options
 from sparse_attn.kernels.pieces import count_steady, runs_of, split_runs, steady_pieces
 from sparse_attn.select.centroid import CentroidIndex
 
-_SPREAD = 1024  # slots of a program of `spread_kernel`
 KV_TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -51,6 +51,11 @@ class Heads:
     def __post_init__(self) -> None:
         """Raises ShapeMismatch for what no kernel was made for."""
         check_heads(self.head_dim, self.per_group)
+
+    @property
+    def num_heads(self) -> int:
+        """H = G P."""
+        return self.num_kv_heads * self.per_group
 
     @property
     def num_problems(self) -> int:
@@ -179,9 +184,8 @@ class DenseDecode:
     """Attention over every key of the documents, and their steady keys.
 
     visible: [B] int64 on the device, how many steady keys of a document the first query of a step
-    sees; each later one sees one more. windows: for each layer, as in `Rows.attend_runs`. keeps:
-    whether scores are wanted, of one query of one document: after `run`, scores [P, N] float32 of
-    the body's slots.
+    sees; each later one sees one more. windows: for each layer, as in `Rows.attend_runs`.
+    evidence: where `spread` adds up, of plans of one query a document (`Evidence`).
     """
 
     def __init__(
@@ -192,10 +196,12 @@ class DenseDecode:
         *,
         scale: float,
         windows: Sequence[int] | None = None,
-        keeps: bool = False,
+        evidence: Sequence[Sequence[Tensor]] | None = None,
     ) -> None:
         check_documents(heads, documents, visible)
-        self._heads, self._visible, self._scale = heads, visible, scale
+        self.heads, self._visible, self._scale = heads, visible, scale
+        sizes = [document.k[0].shape[0] if document.k else 0 for document in documents]
+        self._first_slots = [sum(sizes[:b]) for b in range(len(documents))]
         self._kept = documents  # the plan holds addresses
         layers, device = range(len(documents[0].steady_k)), visible.device
         self._windows = windows or [0] * len(layers)
@@ -214,15 +220,21 @@ class DenseDecode:
         self._rows = Rows(heads, self._num_steady + int(self._bounds[:, -1].max()), like)
         # Of the lists that a plan of this kind does not have.
         self._nothing = torch.zeros(heads.num_problems, 9, dtype=torch.int32, device=device)
-        self.scores: Tensor | None = None
-        if keeps:
-            num_slots = documents[0].k[0].shape[0]
-            self.scores = torch.full((heads.per_group, num_slots), -float("inf"), device=device)
+        self._evidence: Evidence | None = None
+        if evidence is not None:
+            self._evidence = Evidence(heads, evidence, self._first_slots)
+            shape = (heads.per_group, sum(sizes))
+            self._scores = torch.full(shape, -float("inf"), device=device)
+            spans = torch.cat(
+                [spans_of(d.runs) + self._first_slots[b] for b, d in enumerate(documents)]
+            )
+            self._longest, self._spans = int(spans.diff(dim=1).max()), spans.to(device)
 
     def _body_runs(self, pieces: Tensor, document: DecodeDocument, b: int, layer: int) -> Tensor:
         if layer >= len(document.k):
             return runs_of(pieces[:0], document.steady_k[0], document.steady_v[0])
-        shift = torch.tensor([0, 0, self._num_steady, b * self._heads.num_kv_heads, 0, 0])
+        heads_before, slots_before = b * self.heads.num_kv_heads, self._first_slots[b]
+        shift = torch.tensor([0, 0, self._num_steady, heads_before, 0, slots_before])
         return runs_of(
             pieces + shift, document.k[layer], document.v[layer], document.scales_of(layer)
         )
@@ -238,7 +250,7 @@ class DenseDecode:
                 stored=stored,
                 scale=self._scale,
                 window=self._windows[layer],
-                scores=self.scores,
+                scores=None if self._evidence is None else self._scores,
             )
         return self._rows.merge(
             (self._bounds, self._nothing, self._nothing),
@@ -247,16 +259,12 @@ class DenseDecode:
             reads_all=True,
         )
 
-    def spread(self, layer: int, evidence: Tensor, head_bounds: Tensor) -> None:
-        """evidence [N] gains each slot's share of all that was read by the last `run`, summed over
-        heads; head_bounds: [G + 1] int32, the slots of each KV head. Of a plan that keeps.
-        """
-        assert self.scores is not None
-        heads, longest = self._heads, self.scores.shape[1]
-        spread_kernel[triton.cdiv(longest, _SPREAD), heads.num_kv_heads](
-            self.scores, head_bounds, head_bounds, self._rows.result.lse, evidence, longest,
-            P=heads.per_group, BLOCK=_SPREAD, GATHERS=False,
-        )  # fmt: skip
+    def spread(self, layer: int) -> None:
+        """Each slot gains its share of all that was read by the last `run`, over all heads."""
+        assert self._evidence is not None
+        self._evidence.spread(
+            layer, self._scores, self._spans, self._rows.result.lse, num_places=self._longest
+        )
 
 
 def _launches(

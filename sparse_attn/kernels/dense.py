@@ -104,7 +104,7 @@ def attend_run(
         v = load_stored(values, slot, is_slot, D, KV, STORED)
         scores = tl.dot(x, tl.trans(k), input_precision="ieee") * scale
         if KEEPS:
-            kept = (row % P)[:, None] * num_slots_kept + flat + slot[None, :]
+            kept = (row % P).to(tl.int64)[:, None] * num_slots_kept + flat + slot[None, :]
             is_kept = is_row[:, None] & is_slot[None, :] & (flat >= 0)
             tl.store(scores_at + kept, scores * LN_2, mask=is_kept)
         is_seen = is_slot[None, :] & (slot[None, :] < seen[:, None])
@@ -138,28 +138,35 @@ def attend_runs_kernel(
 
 @triton.jit
 def spread_kernel(
-    scores, slots, count, lse, evidence, num_slots,
-    P: tl.constexpr, BLOCK: tl.constexpr, GATHERS: tl.constexpr,
+    scores, slots, bounds, lse, evidence, num_slots,
+    G: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, GATHERS: tl.constexpr,
 ):  # fmt: skip
-    """evidence[slot] += sum over heads of exp(score - lse), for what one query read.
+    """evidence[slot] += sum over heads of exp(score - lse), for what one query of each document
+    read.
 
-    Grid: (blocks, problems). scores [Z, P, num_slots] of the first count[z * 9 + 8] places, which
-    are `slots` [Z, num_slots]; or [P, num_slots] of flat slots themselves, of problem z those from
-    count[z] to count[z + 1]. lse [Z, P].
+    Grid: (blocks, problems). scores [Z, P, num_slots] of the first bounds[z, 8] places, which are
+    `slots` [Z, num_slots]; or [P, num_slots] of the flat slots of all documents, of problem z those
+    from bounds[z, 0] to bounds[z, 1]. lse [Z, P]. evidence: int64 [documents, 2], the address of
+    each one's masses and its first flat slot.
     """
     z = tl.program_id(1)
+    row = evidence + z // G * 2
+    masses = address(row, tl.float32)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if GATHERS:
-        is_place = place < tl.load(count + z * 9 + 8)
+        is_place = place < tl.load(bounds + z * 9 + 8)
         slot = tl.load(slots + z.to(tl.int64) * num_slots + place, mask=is_place, other=0)
         at = scores + z.to(tl.int64) * P * num_slots + place
+        masses += slot
     else:
-        slot = tl.load(count + z) + place
-        is_place = slot < tl.load(count + z + 1)
+        slot = tl.load(bounds + z * 2) + place
+        is_place = slot < tl.load(bounds + z * 2 + 1)
         at = scores + slot
+        masses += slot - tl.load(row + 1)
     mass = tl.zeros((BLOCK,), tl.float32)
     for p in range(P):
-        own = tl.load(at + p * num_slots, mask=is_place, other=-float("inf"))
+        own = tl.load(at, mask=is_place, other=-float("inf"))
         mass += tl.exp(own - tl.load(lse + z * P + p))
-    held = tl.load(evidence + slot, mask=is_place, other=0.0)
-    tl.store(evidence + slot, held + mass, mask=is_place)
+        at += num_slots
+    held = tl.load(masses, mask=is_place, other=0.0)
+    tl.store(masses, held + mass, mask=is_place)

@@ -21,8 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_attn.errors import ShapeMismatch
-from sparse_attn.kernels.layer_checks import check_buffers, check_first, check_like
+from sparse_attn.kernels.layer_checks import check_first, check_like
 from sparse_attn.kernels.prefill_launch import padded
+from sparse_attn.kernels.rotary import rotate_append, rotate_append_each
+
+# What a decoder takes as its `Fused`.
+__all__ = ["add_rms_norm", "gate", "rotate_append", "rotate_append_each", "small_linear"]
 
 MAX_MODEL_DIM = 8192
 MAX_ROWS = 64
@@ -92,66 +96,6 @@ def add_rms_norm_kernel(
         own = (own.to(tl.float32) + added.to(tl.float32)).to(own.dtype)
         tl.store(stream + at, own, mask=is_own)
     tl.store(normed + at, normed_row(own, scale, eps, E), mask=is_own)
-
-
-@triton.jit
-def turned(own, other, cos, sin):
-    """own * cos, rounded, plus other * sin: one half of a rotated head."""
-    kept = (own.to(tl.float32) * cos.to(tl.float32)).to(own.dtype)
-    return (kept.to(tl.float32) + other.to(tl.float32) * sin.to(tl.float32)).to(own.dtype)
-
-
-@triton.jit(do_not_specialize=["capacity"])
-def rotate_append_kernel(
-    heads, cos, sin, qk_norm, k_buffer, v_buffer, at, q, capacity, stride_k, stride_v, eps,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Norm (where there is one) and rotate the H queries and G keys of a token; append k and v.
-
-    With x = (low, high), halves of a head: low * cos + high * sin and high * cos + low * sin, cos
-    and sin those of each half (sin has the sign of rotate-half). Grid: (T, H + 2G), a head each.
-    Masked: columns beyond D / 2, and the store of rows that the buffers do not have. Bytes: 4 D of
-    the head, 4 D of cos and sin, 4 D of its norm.
-    """
-    t = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    column = tl.arange(0, BLOCK)
-    is_own = column < D // 2
-    row = tl.load(at) + t
-    is_kept = is_own & (row >= 0) & (row < capacity)
-    from_ = heads + (t * (H + 2 * G) + head) * D + column
-    low, high = load_halves(from_, is_own, D)
-    if head < H + G:
-        cos_low, cos_high = load_halves(cos + t * D + column, is_own, D)
-        sin_low, sin_high = load_halves(sin + t * D + column, is_own, D)
-        if qk_norm is not None:
-            scale_low, scale_high = load_halves(qk_norm + head * D + column, is_own, D)
-            a, b = low.to(tl.float32), high.to(tl.float32)
-            inverse = tl.rsqrt(tl.sum(a * a + b * b, 0) / D + eps)
-            low = (a * inverse * scale_low).to(low.dtype)
-            high = (b * inverse * scale_high).to(high.dtype)
-        low, high = turned(low, high, cos_low, sin_low), turned(high, low, cos_high, sin_high)
-    if head < H:
-        store_halves(q + (t * H + head) * D + column, low, high, is_own, D)
-    elif head < H + G:
-        to = k_buffer + (head - H).to(tl.int64) * stride_k + row * D + column
-        store_halves(to, low, high, is_kept, D)
-    else:
-        to = v_buffer + (head - H - G).to(tl.int64) * stride_v + row * D + column
-        store_halves(to, low, high, is_kept, D)
-
-
-@triton.jit
-def load_halves(at, mask, D: tl.constexpr):
-    """Both halves of a row of D numbers, from the pointers to the first."""
-    return tl.load(at, mask=mask, other=0.0), tl.load(at + D // 2, mask=mask, other=0.0)
-
-
-@triton.jit
-def store_halves(at, low, high, mask, D: tl.constexpr):
-    """Both halves of a row of D numbers, to the pointers to the first."""
-    tl.store(at, low, mask=mask)
-    tl.store(at + D // 2, high, mask=mask)
 
 
 @triton.jit
@@ -233,48 +177,6 @@ def add_rms_norm(
         x, branch, weight, post_norm, out[0], out[1], eps, dim, block, num_warps=norm_warps(block)
     )
     return x if branch is None else out[0], out[1]
-
-
-def rotate_append(
-    heads: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    qk_norm: Tensor | None,
-    k_buffer: Tensor,
-    v_buffer: Tensor,
-    at: Tensor,
-    *,
-    eps: float,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Queries [T, H, D], normed and rotated; keys, likewise, and values go to the buffers.
-
-    heads: [T, H + 2G, D], the product of queries, keys and values; cos, sin: [T, 1, D]; qk_norm: [H
-    + G, D] f32; buffers: [G, capacity, D], rows contiguous; at: [1] int64, the row of the first of
-    the T tokens. Rows that the buffers do not have are not written.
-    """
-    check_first("heads", heads, ndim=3)
-    num_tokens, num_all, dim = heads.shape
-    check_buffers(heads, k_buffer, v_buffer)
-    num_kv_heads, capacity = k_buffer.shape[:2]
-    num_heads = num_all - 2 * num_kv_heads
-    if num_heads < 1 or dim % 2:
-        raise ShapeMismatch(
-            f"query heads and head dim: {num_heads}, {dim}, at least 1 and even; "
-            "pass the product of queries, keys and values"
-        )
-    turn = (num_tokens, 1, dim)
-    check_like(heads, cos=(cos, turn), sin=(sin, turn))
-    check_like(heads, torch.float32, qk_norm=(qk_norm, (num_heads + num_kv_heads, dim)))
-    check_like(heads, torch.int64, at=(at, (1,)))
-    q = heads.new_empty((num_tokens, num_heads, dim)) if out is None else out
-    check_like(heads, out=(q, (num_tokens, num_heads, dim)))
-    rotate_append_kernel[(num_tokens, num_all)](
-        heads, cos, sin, qk_norm, k_buffer, v_buffer, at, q,
-        capacity, k_buffer.stride(0), v_buffer.stride(0), eps,
-        num_heads, num_kv_heads, dim, padded(dim // 2), num_warps=1,
-    )  # fmt: skip
-    return q
 
 
 def gate(

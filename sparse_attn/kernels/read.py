@@ -16,11 +16,12 @@ from sparse_attn.kernels.dense import softmax_step, store_part
 LONG = 4096  # a selection of more slots is read in longer tiles
 
 
-def read_options(capacity: int, head_dim: int) -> dict[str, int]:
-    """How a selection of at most `capacity` slots is divided: one piece a tile where few are read
-    and a program waits, else several, of which the next is asked for while one is used.
+def read_options(limit: int | None, head_dim: int) -> dict[str, int]:
+    """How a selection of at most `limit` slots (None: any number) is divided: one piece a tile
+    where few are read and a program waits, else several, of which the next is asked for while one
+    is used. Goes by nothing but the limit, so that a query's bits do not.
     """
-    if capacity <= LONG:
+    if limit is not None and limit <= LONG:
         return {"TILE_READ": 128, "BLOCK_N": 64 if head_dim > 128 else 128, "STAGES": 1}
     return {"TILE_READ": 512, "BLOCK_N": 64, "STAGES": 2 if head_dim > 128 else 3}
 

@@ -63,28 +63,49 @@ def totals_of(own, p, NUM_LISTS: tl.constexpr, TILE: tl.constexpr, UNIFORM: tl.c
 
 
 @triton.jit
+def random_pair(seed, query, layer, head, DRAWS: tl.constexpr):
+    """Two numbers from 0 to 1 for each draw, of their own for each seed, query, layer and head
+    (Philox, Salmon et al. 2011): no state, so that they do not depend on what else was sampled.
+    """
+    draw = tl.arange(0, DRAWS)
+    none = tl.zeros((DRAWS,), tl.int32)
+    a, b, _, _ = tl.philox(
+        seed, none + head.to(tl.int32) * DRAWS + draw, none + query.to(tl.int32), none + layer, none
+    )
+    return tl.uint_to_uniform_float(a), tl.uint_to_uniform_float(b)
+
+
+@triton.jit(do_not_specialize=["layer"])
 def sample_kernel(
-    q, keys, scales, lists, uniform, lse_read, mean, variance, scale,
-    P: tl.constexpr, D: tl.constexpr, NUM_LISTS: tl.constexpr,
+    q, documents, lists, seeds, visible, layer, chosen, lse_read, mean, variance, scale,
+    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, STORED: tl.constexpr,
+    NUM_LISTS: tl.constexpr,
     DRAWS: tl.constexpr, TILE: tl.constexpr, UNIFORM: tl.constexpr, MAX_RATIO: tl.constexpr,
     IS_SCALED: tl.constexpr,
 ):  # fmt: skip
     """Mass of the unread keys over lse_read, estimated from DRAWS of them, two a stratum.
 
-    Grid: (P, Z). lists: int64 [Z, NUM_LISTS, 8]; uniform: [2, Z, P, DRAWS]; keys [N, D], and
-    where IS_SCALED what a problem's are to be multiplied by, scales [Z, 2].
-    Writes mean and variance [Z, P]; zero where no key is unread. Reads each list three
-    times and DRAWS keys.
+    Grid: (P, Z), one query a document. documents: int64 [B, 3], addresses of keys [N, D] of type
+    STORED, of values, and, where IS_SCALED, of what a head's are multiplied by, [G, 2]; lists:
+    int64 [Z, NUM_LISTS, 8]; seeds, visible: int64 [B], whose random numbers are drawn, and of which
+    query: how many steady keys it sees; chosen: int32 [B], which documents' queries are sampled,
+    None for all. Writes mean and variance [Z, P] of those; zero where no key is unread. Reads each
+    list three times and DRAWS keys.
     """
     p = tl.program_id(0)
     z = tl.program_id(1)
+    document = z // G
+    if chosen is not None:  # noqa: SIM102  (None is known when it is compiled)
+        if tl.load(chosen + document) == 0:
+            return
+    keys = address(documents + document * 3, STORED)
     own = lists + z * NUM_LISTS * 8
     log_total, num_keys, whole = totals_of(own, p, NUM_LISTS, TILE, UNIFORM)
     draw = tl.arange(0, DRAWS)
     row = z * P + p
-    planes = tl.num_programs(1) * P * DRAWS
-    within = tl.load(uniform + row * DRAWS + draw)
-    inside = tl.load(uniform + planes + row * DRAWS + draw)
+    within, inside = random_pair(
+        tl.load(seeds + document), tl.load(visible + document), layer, row % (G * P), DRAWS
+    )
     place = (within + (draw // 2).to(tl.float32)) / (DRAWS // 2) * whole
     slots = tl.zeros((DRAWS,), tl.int64)
     weights = tl.zeros((DRAWS,), tl.float32)
@@ -114,7 +135,7 @@ def sample_kernel(
     x = tl.load(q + row * D + columns).to(tl.float32)
     k = tl.load(rows_at(keys, slots, D), mask=(weights > 0.0)[:, None], other=0.0)
     if IS_SCALED:
-        scale *= tl.load(scales + 2 * z)
+        scale *= tl.load(address(documents + document * 3 + 2, tl.float32) + 2 * (z % G))
     scores = tl.sum(k.to(tl.float32) * x[None, :], 1) * scale
     ratio = weights * tl.exp(tl.minimum(scores - tl.load(lse_read + row), MAX_RATIO))
     a, b = tl.split(tl.reshape(ratio, (DRAWS // 2, 2)))
@@ -124,16 +145,19 @@ def sample_kernel(
 
 @triton.jit
 def bound_kernel(
-    q, lists, log_most, scale,
-    P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, NUM_LISTS: tl.constexpr,
-    TILE: tl.constexpr,
+    q, lists, chosen, log_most, scale,
+    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
+    NUM_LISTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """log of the greatest mass that the unread keys can have: log n + s (q.c + |q| r), summed.
 
-    Grid: (Z). lists as in `sample_kernel`. Writes log_most [Z, P], -inf where no key is unread.
-    Reads 2 D bytes of each unit.
+    Grid: (Z). lists, chosen as in `sample_kernel`. Writes log_most [Z, P], -inf where no key is
+    unread. Reads 2 D bytes of each unit.
     """
     z = tl.program_id(0)
+    if chosen is not None:  # noqa: SIM102  (None is known when it is compiled)
+        if tl.load(chosen + z // G) == 0:
+            return
     head = tl.arange(0, BLOCK_R)
     is_head = head < P
     columns = tl.arange(0, D)[None, :]

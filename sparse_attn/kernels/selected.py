@@ -23,40 +23,30 @@ from sparse_attn.kernels.decode import (
     DecodeDocument,
     Heads,
     Rows,
-    addresses_of_rows,
     check_documents,
 )
-from sparse_attn.kernels.dense import STEADY_SLOTS, spread_kernel
+from sparse_attn.kernels.dense import STEADY_SLOTS
+from sparse_attn.kernels.evidence import Evidence
 from sparse_attn.kernels.pieces import count_steady, runs_of, steady_pieces
 from sparse_attn.kernels.read import read_options
 from sparse_attn.kernels.score import TILE_MEMBERS, TILE_UNITS
 from sparse_attn.kernels.steps import look_kernel, open_kernel, read_kernel
-from sparse_attn.kernels.tables import UnitTables
+from sparse_attn.kernels.tables import Tables, join_tables, rows_of, tables_of
 from sparse_attn.kernels.tails import sample_unread
 from sparse_attn.select.base import Limit
 from sparse_attn.select.centroid import opening_limit
 
 # Programs that share what is opened, and what is read: as many as run at once.
 _PROGRAMS = (528, 264)
-_SPREAD = 1024  # slots of a program of `spread_kernel`
-
-Tables = tuple[UnitTables, UnitTables]
-
-
-def make_tables(documents: Sequence[DecodeDocument]) -> Tables:
-    """Tables of clusters and of groups, which plans of the same documents may share."""
-    indexes = [document.indexes for document in documents]
-    return UnitTables(indexes, of_groups=False), UnitTables(indexes, of_groups=True)
 
 
 class CentroidDecode:
     """Attention over the clusters that a limit lets each query have, everything else estimated.
 
-    visible: as in `DenseDecode`; levels: of the look-up; estimates: whether the rest counts in
-    `Attended.out`; keeps: whether scores of what was read are wanted; tables: of these documents,
-    where they were made before. After `run`: slots [Z, capacity] int32, what each problem read, cut
-    by slot_bounds [layer, Z, 9] (the last is their number), as packed_bounds [layer, Z, 9] cuts the
-    clusters of opened groups; and scores [Z, P, capacity] float32 if kept.
+    visible, evidence: as in `DenseDecode`; levels: of the look-up; estimates: whether the rest
+    counts in `Attended.out`; tables: of these documents, where they were made before. After `run`:
+    slots [Z, capacity] int32, what each problem read, cut by slot_bounds [layer, Z, 9] (the last is
+    their number), as packed_bounds [layer, Z, 9] cuts the clusters of opened groups.
     """
 
     def __init__(
@@ -69,16 +59,20 @@ class CentroidDecode:
         levels: int,
         scale: float,
         estimates: bool = True,
-        keeps: bool = False,
+        evidence: Sequence[Sequence[Tensor]] | None = None,
         tables: Tables | None = None,
     ) -> None:
         check_documents(heads, documents, visible)
-        self._heads, self._visible, self._scale = heads, visible, scale
+        self.heads, self._visible, self._scale = heads, visible, scale
         self._limit, self._is_deep = limit, levels == 2
-        self._estimates, self._keeps = estimates, keeps
+        self._estimates, self._keeps = estimates, evidence is not None
+        if evidence is not None:
+            self._evidence = Evidence(heads, evidence, [0] * len(documents))
         self._kept = documents  # the plan holds addresses
         layers, device = range(len(documents[0].k)), visible.device
-        self._clusters, groups = tables or make_tables(documents)
+        self._clusters, groups = tables or join_tables(
+            [tables_of(document.indexes) for document in documents]
+        )
         self._first = groups if self._is_deep else self._clusters
         self._num_steady = count_steady(x for d in documents for x in d.steady_k)
         steady = steady_pieces([d.steady_k[0] for d in documents])
@@ -94,12 +88,12 @@ class CentroidDecode:
         self._stored = KV_TYPES[documents[0].k[0].dtype]
         self._allocate(documents, len(layers))
         self._choices = [self._first_choice(i) for i in layers]
-        self._unread: dict[int, list[Tensor]] = {}
+        self._unread: dict[int, Tensor] = {}
         self._seconds = [self._second_choice(i) for i in layers] if self._is_deep else []
 
     def _allocate(self, documents: Sequence[DecodeDocument], num_layers: int) -> None:
         """What one launch writes and the next ones read, for all layers."""
-        z, p, like = self._heads.num_problems, self._heads.per_group, documents[0].steady_k[0]
+        z, p, like = self.heads.num_problems, self.heads.per_group, documents[0].steady_k[0]
 
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=like.device)
@@ -110,9 +104,9 @@ class CentroidDecode:
         first, opening = self._first, opening_limit(self._limit)
         self._most_keys = max(longest_head(document) for document in documents)
         self.capacity = max(1, _least(self._most_keys, self._limit.keys))
-        self._division = read_options(self.capacity, self._heads.head_dim)
+        self._division = read_options(self._limit.keys, self.heads.head_dim)
         self.slots, self.slot_bounds = ints(z, self.capacity), ints(num_layers, z, 9)
-        self.scores = floats(z, p, self.capacity if self._keeps else 1)
+        self._scores = floats(z, p, self.capacity if self._keeps else 1)
         self._width = first.max_units
         # Columns without a unit are never written.
         self._mass = floats(z, p, self._width).fill_(-float("inf"))
@@ -125,8 +119,7 @@ class CentroidDecode:
         self._entries = ints(z, min(self.capacity, max(1, self._clusters.max_units)), 3)
         self._opened_bounds, self.packed_bounds = ints(z, 9), ints(num_layers, z, 9)
         self._entry_bounds = ints(z, 9)
-        most_members = max((int(x.max()) for x in first.counted if x.numel()), default=1)
-        self._num_pieces = triton.cdiv(most_members, TILE_MEMBERS)
+        self._num_pieces = triton.cdiv(first.most_counted, TILE_MEMBERS)
         self._piece_lse = floats(z, num_opened * self._num_pieces, p)
         widest = max(self._width, self._packed)
         self._scratch = ints(z, widest)
@@ -134,19 +127,17 @@ class CentroidDecode:
         members = tiles + first.max_tiles
         self._bases = (self._num_steady, tiles, members)
         num_members = self._packed // TILE_UNITS + NUM_FOLDS if self._is_deep else 0
-        self._rows = Rows(self._heads, members + num_members, like)
+        self._rows = Rows(self.heads, members + num_members, like)
 
     def _first_choice(self, layer: int) -> Choice:
         """Among the units that are looked at first."""
         first, is_deep = self._first, self._is_deep
-        sizes, firsts, counts = first.rows(layer)
+        addresses = [x[layer] for x in (first.sizes, first.firsts, first.counted)]
         return Choice(
-            heads=self._heads,
+            heads=self.heads,
             limit=opening_limit(self._limit) if is_deep else self._limit,
             mass=self._mass,
-            sizes=sizes,
-            firsts=firsts,
-            counts=counts,
+            units=torch.stack(addresses, dim=1),
             bounds=first.bounds,
             steady_lse=self._rows.lse,
             num_steady=self._num_steady,
@@ -167,12 +158,10 @@ class CentroidDecode:
         most_keys = _least(self._most_keys, opening_limit(self._limit).keys)
         mean_keys = max(1, self._most_keys // max(1, self._clusters.max_units))
         return Choice(
-            heads=self._heads,
+            heads=self.heads,
             limit=self._limit,
             mass=self._packed_mass,
-            sizes=self._members[1],
-            firsts=self._members[2],
-            counts=self._members[1],
+            units=self._members,
             bounds=self.packed_bounds[layer],
             steady_lse=self._rows.lse,
             num_steady=self._num_steady,
@@ -191,7 +180,7 @@ class CentroidDecode:
         )
 
     def _each(self, table: Tensor) -> Tensor:
-        return addresses_of_rows(table, self._heads.num_problems)
+        return rows_of(table)
 
     def run(self, layer: int, q: Tensor) -> Attended:
         """Attention of q [B, T, H, D]; overwrites what the last call gave."""
@@ -213,58 +202,80 @@ class CentroidDecode:
             num_lists=num_lists,
         )
 
-    def spread(self, layer: int, evidence: Tensor) -> None:
-        """evidence [N] gains, at each slot that the last `run` of this layer read, its share of all
-        that was read, summed over heads; of a plan that keeps, for one query of one document.
+    def spread(self, layer: int) -> None:
+        """Each slot that the last `run` read, of this layer, gains its share of all that was read,
+        over all heads.
         """
-        heads = self._heads
-        spread_kernel[triton.cdiv(self.capacity, _SPREAD), heads.num_problems](
-            self.scores, self.slots, self.slot_bounds[layer], self._rows.result.lse_read, evidence,
-            self.capacity, P=heads.per_group, BLOCK=_SPREAD, GATHERS=True,
-        )  # fmt: skip
+        self._evidence.spread(
+            layer,
+            self._scores,
+            self.slot_bounds[layer],
+            self._rows.result.lse_read,
+            num_places=self.capacity,
+            slots=self.slots,
+        )
 
     def sample(
-        self, layer: int, q: Tensor, *, num_strata: int, generator: torch.Generator
+        self,
+        layer: int,
+        q: Tensor,
+        *,
+        seeds: Tensor,
+        num_strata: int,
+        chosen: Tensor | None = None,
+        out: Missed | None = None,
     ) -> Missed:
-        """What the last `run` of this layer missed, of one query [1, H, D] of one document."""
+        """What the last `run` of this layer missed, of one query of each document, q [B, H, D], and
+        of a seed each, int64 [B]; the rest as `tails.sample_unread` takes it.
+        """
         if layer not in self._unread:
-            self._unread[layer] = [self._unread_first(layer)]
+            lists = [self._unread_first(layer)]
             if self._is_deep:
-                self._unread[layer].append(self._unread_opened(layer))
+                lists.append(self._unread_opened(layer))
+            self._unread[layer] = torch.stack(lists, dim=1)
         return sample_unread(
             q,
-            self._kept[0].k[layer],
-            self._kept[0].scales_of(layer),
+            self._kv[layer],
             self._unread[layer],
-            self._rows.result.lse_read[0],
+            self._rows.result.lse_read,
+            kind=self._stored,
             scale=self._scale,
+            seeds=seeds,
+            visible=self._visible,
+            layer=layer,
             num_strata=num_strata,
-            generator=generator,
+            chosen=chosen,
+            out=out,
         )
 
     def _unread_first(self, layer: int) -> Tensor:
         """The units that are looked at first, as `sample_kernel` takes them."""
-        index, first = self._kept[0].indexes[layer], self._first
-        units = index.groups if self._is_deep else index.clusters
-        offset = first.head_at[:-1] * 4
+        first = self._first
         mass = self._each(self._mass)
         return torch.stack(
             [
                 mass,
-                first.sizes[layer].data_ptr() + offset,
-                first.slots[layer].data_ptr() + offset,
+                first.sizes[layer],
+                first.slots[layer],
                 self._each(first.counts),
                 torch.full_like(mass, self._width),
                 torch.zeros_like(mass),
-                self._each(units.centroids),
-                self._each(units.radii),
+                *self._units_of(layer, of_groups=self._is_deep),
             ],
             dim=1,
         )
 
+    def _units_of(self, layer: int, *, of_groups: bool) -> tuple[Tensor, Tensor]:
+        """Addresses of each problem's centroids and radii, of one query a document."""
+        indexes = [document.indexes[layer] for document in self._kept]
+        units = [index.groups if of_groups else index.clusters for index in indexes]
+        tables = [u.centroids for u in units], [u.radii for u in units]
+        centroids, radii = (torch.cat([rows_of(x) for x in own]) for own in tables)
+        return centroids, radii
+
     def _unread_opened(self, layer: int) -> Tensor:
         """The clusters of opened groups, as `sample_kernel` takes them."""
-        units, mass = self._kept[0].indexes[layer].clusters, self._each(self._packed_mass)
+        mass = self._each(self._packed_mass)
         return torch.stack(
             [
                 mass,
@@ -273,14 +284,13 @@ class CentroidDecode:
                 self._each(self.packed_bounds[layer, :, 8:]),
                 torch.full_like(mass, self._packed),
                 self._each(self._members[0]),
-                self._each(units.centroids),
-                self._each(units.radii),
+                *self._units_of(layer, of_groups=False),
             ],
             dim=1,
         )
 
     def _look(self, layer: int, q: Tensor) -> None:
-        heads, first, rows, steady = self._heads, self._first, self._rows, self._steady[layer]
+        heads, first, rows, steady = self.heads, self._first, self._rows, self._steady[layer]
         num_rows = heads.num_queries * heads.per_group
         block_r = min(64, max(16, triton.next_power_of_2(num_rows)))
         items = steady.shape[0] + first.tiles.shape[0]
@@ -293,7 +303,7 @@ class CentroidDecode:
         )  # fmt: skip
 
     def _open(self, layer: int, q: Tensor) -> None:
-        heads, first, rows = self._heads, self._first, self._rows
+        heads, first, rows = self.heads, self._first, self._rows
         programs = max(1, min(self._opened.shape[1], _PROGRAMS[0] // heads.num_problems))
         open_kernel[programs, heads.num_problems](
             q, first.tiles, first.tile_first, first.addresses[layer], self._mass,
@@ -306,11 +316,11 @@ class CentroidDecode:
         )  # fmt: skip
 
     def _read(self, layer: int, q: Tensor) -> None:
-        heads, first, rows = self._heads, self._first, self._rows
+        heads, first, rows = self.heads, self._first, self._rows
         mass = self._packed_mass if self._is_deep else self._mass
         programs = max(1, _PROGRAMS[1] // heads.num_problems)
         read_kernel[programs, heads.num_problems](
-            q, self._kv[layer], self.slots, self.slot_bounds[layer], self.scores, first.tiles,
+            q, self._kv[layer], self.slots, self.slot_bounds[layer], self._scores, first.tiles,
             first.tile_first, self._clusters.addresses[layer], self._members,
             self.packed_bounds[layer],
             mass, rows.out, rows.lse,

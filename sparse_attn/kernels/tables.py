@@ -6,88 +6,111 @@ Owns the division of each head's units into tiles that no fold's bound crosses. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from sparse_attn.folds import NUM_FOLDS
 from sparse_attn.kernels.score import TILE_UNITS
-from sparse_attn.select.centroid import CentroidIndex, Units
+from sparse_attn.select.centroid import CentroidIndex
 
 
 class UnitTables:
     """Clusters, or groups of clusters, of every document in every layer.
 
-    Per layer: sizes, slots (first ones) [sum of U over all heads] int32; firsts: slots, or of
-    groups the first columns of their clusters; counted: sizes, or the clusters of groups. head_at
-    [B * G + 1]: where each head's begin in them. tiles: [n, 4] int32 (`score.score_tile`);
-    tile_bounds, bounds: [B * G, 9] int32, of each head's folds among its tiles and its units;
-    tile_first: [B * G + 1] int32; counts: [B * G] int32, units of a head, padding included;
-    addresses: [B, 6] int64 a layer, what a kernel's `tables` is.
+    Addresses of each head's rows, [L, B * G] int64: sizes, slots (first ones) [U] int32; firsts:
+    slots, or of groups the first columns of their clusters; counted: sizes, or the clusters of
+    groups. tiles: [n, 4] int32 (`score.score_tile`); tile_bounds, bounds: [B * G, 9] int32, of each
+    head's folds among its tiles and its units; tile_first: [B * G + 1] int32; counts: [B * G]
+    int32, units of a head, padding included; addresses: [L, B, 6] int64, what a kernel's `tables`
+    is, by layer. most_counted: the greatest of counted.
     """
 
-    def __init__(self, indexes: Sequence[Sequence[CentroidIndex]], *, of_groups: bool) -> None:
-        """indexes: [document][layer]; columns are the same in every layer of a document."""
-        units = [[i.groups if of_groups else i.clusters for i in own] for own in indexes]
-        heads, device = [own[0] for own in units], units[0][0].sizes.device
-        self.sizes = _side_by_side([[u.sizes for u in own] for own in units])
-        self.slots = _side_by_side([[u.starts for u in own] for own in units])
-        self.firsts, self.counted = self.slots, self.sizes
+    def __init__(self, indexes: Sequence[CentroidIndex], *, of_groups: bool) -> None:
+        """Of one document: an index a layer, whose columns are the same in every layer."""
+        units = [i.groups if of_groups else i.clusters for i in indexes]
+        device, width = units[0].sizes.device, units[0].num_units
+        sizes, slots = (
+            [x.int().contiguous() for x in own]
+            for own in ([u.sizes for u in units], [u.starts for u in units])
+        )
+        firsts, counted = slots, sizes
         if of_groups:
-            self.firsts = _side_by_side([[i.group_starts for i in own] for own in indexes])
-            self.counted = _side_by_side([[i.group_counts for i in own] for own in indexes])
-        widths = [u.num_units for u in heads for _ in range(u.sizes.shape[0])]
-        self._edges = [0]
-        for width in widths:
-            self._edges.append(self._edges[-1] + width)
-        self.head_at = torch.tensor(self._edges, device=device)
-        self.counts = torch.tensor(widths, dtype=torch.int32, device=device)
-        bounds = torch.cat([u.bounds for u in heads])
-        self.bounds = bounds.int().to(device)
+            firsts = [i.group_starts.int().contiguous() for i in indexes]
+            counted = [i.group_counts.int().contiguous() for i in indexes]
+        self._kept: Sequence[object] = (units, sizes, slots, firsts, counted)
+        self.sizes, self.slots, self.firsts, self.counted = (
+            torch.stack([rows_of(x) for x in own]) for own in (sizes, slots, firsts, counted)
+        )
+        self.most_counted = max((int(x.max()) for x in counted if x.numel()), default=1)
+        bounds = units[0].bounds
         tiles, tile_bounds = _tile(bounds.tolist())
+        self.bounds = bounds.int().to(device)
+        self.counts = torch.full((len(bounds),), width, dtype=torch.int32, device=device)
         self.tiles = torch.tensor(tiles, dtype=torch.int32, device=device).view(-1, 4)
         self.tile_bounds = torch.tensor(tile_bounds, dtype=torch.int32, device=device)
         own_tiles = [0, *(row[-1] for row in tile_bounds)]
         self.tile_first = torch.tensor(own_tiles, device=device).cumsum(0).int()
-        self.max_units = max(widths)
-        self.max_tiles = max(own_tiles)
-        self.addresses = [
-            torch.tensor([self._row(own[i], b, i) for b, own in enumerate(units)], device=device)
-            for i in range(len(units[0]))
+        self.max_units, self.max_tiles = width, max(own_tiles)
+        rows = [
+            [
+                u.centroids.data_ptr(),
+                u.variances.data_ptr(),
+                sizes[i].data_ptr(),
+                width,
+                firsts[i].data_ptr(),
+                u.value_sums.data_ptr(),
+            ]
+            for i, u in enumerate(units)
         ]
+        self.addresses = torch.tensor(rows, device=device).unsqueeze(1)
 
-    def _row(self, units: Units, document: int, layer: int) -> list[int]:
-        first_unit = self._edges[document * units.sizes.shape[0]]
-        return [
-            units.centroids.data_ptr(),
-            units.variances.data_ptr(),
-            self.sizes[layer][first_unit:].data_ptr(),
-            units.num_units,
-            self.firsts[layer][first_unit:].data_ptr(),
-            units.value_sums.data_ptr(),
-        ]
+    @classmethod
+    def joined(cls, parts: Sequence[UnitTables]) -> UnitTables:
+        """The tables of several documents, which stay where they are."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = cls.__new__(cls)
+        whole._kept = parts
+        for name in ("sizes", "slots", "firsts", "counted", "addresses"):
+            setattr(whole, name, torch.cat([getattr(part, name) for part in parts], dim=1))
+        for name in ("bounds", "counts", "tile_bounds"):
+            setattr(whole, name, torch.cat([getattr(part, name) for part in parts]))
+        heads_before, tiles_before = 0, 0
+        tiles, tile_first = [], []
+        for part in parts:
+            shift = torch.zeros_like(part.tiles[:1])
+            shift[:, 0] = heads_before
+            tiles.append(part.tiles + shift)
+            tile_first.append(part.tile_first[:-1] + tiles_before)
+            heads_before += part.counts.shape[0]
+            tiles_before += part.tiles.shape[0]
+        tile_first.append(torch.full_like(part.tile_first[:1], tiles_before))
+        whole.tiles, whole.tile_first = torch.cat(tiles), torch.cat(tile_first)
+        whole.most_counted = max(part.most_counted for part in parts)
+        whole.max_units = max(part.max_units for part in parts)
+        whole.max_tiles = max(part.max_tiles for part in parts)
+        return whole
 
-    def rows(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """sizes, firsts, counted of a layer, a row for each head: [B * G, max_units], 0 behind."""
-        return (
-            self._row_of_head(self.sizes[layer]),
-            self._row_of_head(self.firsts[layer]),
-            self._row_of_head(self.counted[layer]),
-        )
 
-    def _row_of_head(self, flat: Tensor) -> Tensor:
-        widths = [b - a for a, b in pairwise(self._edges)]
-        if len(set(widths)) == 1:
-            return flat.view(len(widths), -1)
-        return pad_sequence(list(torch.split(flat, widths)), batch_first=True)
+Tables = tuple[UnitTables, UnitTables]
 
 
-def _side_by_side(tables: list[list[Tensor]]) -> list[Tensor]:
-    """[document][layer] tables [G, U]: for each layer, every document's heads, int32."""
-    layers = zip(*tables, strict=True)
-    return [torch.cat([own.int().flatten() for own in layer]) for layer in layers]
+def tables_of(indexes: Sequence[CentroidIndex]) -> Tables:
+    """Tables of one document's clusters and of its groups, which plans may share."""
+    return UnitTables(indexes, of_groups=False), UnitTables(indexes, of_groups=True)
+
+
+def join_tables(parts: Sequence[Tables]) -> Tables:
+    """The tables of several documents, side by side."""
+    clusters, groups = zip(*parts, strict=True)
+    return UnitTables.joined(clusters), UnitTables.joined(groups)
+
+
+def rows_of(table: Tensor) -> Tensor:
+    """Address of each row of a contiguous table: int64, on its device."""
+    row = torch.arange(table.shape[0], device=table.device)
+    return table.data_ptr() + row * (table.stride(0) * table.element_size())
 
 
 def _tile(heads: list[list[int]]) -> tuple[list[tuple[int, int, int, int]], list[list[int]]]:

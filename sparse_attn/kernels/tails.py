@@ -1,13 +1,15 @@
-"""The sample of what a step of one query left unread: launches of `sample.py`."""
+"""The sample of what a step left unread, of one query a document: launches of `sample.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from sparse_attn.errors import ShapeMismatch
 from sparse_attn.estimate import MAX_LOG_RATIO, UNIFORM_SHARE, Missed
 from sparse_attn.kernels.sample import bound_kernel, sample_kernel
 
@@ -16,36 +18,45 @@ _TILE = 64
 
 def sample_unread(
     q: Tensor,
-    k: Tensor,
-    scales: Tensor | None,
-    lists: Sequence[Tensor],
+    documents: Tensor,
+    lists: Tensor,
     lse_read: Tensor,
     *,
+    kind: Any,
     scale: float,
+    seeds: Tensor,
+    visible: Tensor,
+    layer: int,
     num_strata: int,
-    generator: torch.Generator,
+    chosen: Tensor | None = None,
+    out: Missed | None = None,
 ) -> Missed:
-    """What one query [1, H, D] missed; lists: tables [G, 8] (`sample.LIST_COLUMNS`); lse_read [1,
+    """What queries [B, H, D] missed; lists: int64 [Z, n, 8] (`sample.LIST_COLUMNS`); lse_read [B,
     H].
 
-    k: [N, D]; scales: [G, 2] where k is in e4m3; generator: of q's device.
-    `estimate.sample_missed` is the definition.
+    documents: int64 [B, 3], each one's keys, of triton type `kind`, values and scales; seeds,
+    visible: int64 [B], and the layer, whose random numbers are drawn; num_strata: a power of two;
+    chosen: int32 [B], whose queries are sampled, None for all; out: where the result goes, for the
+    others unchanged. Launches alone: it can be captured. `estimate.sample_missed` is the
+    definition.
     """
-    num_problems, (_, num_heads, head_dim) = lists[0].shape[0], q.shape
-    per_group, draws = num_heads // num_problems, 2 * num_strata
-    table = torch.stack(list(lists), dim=1).contiguous()
-    shape = (2, num_heads, draws)
-    uniform = torch.rand(shape, generator=generator, device=q.device)
-    mean, variance, most = torch.empty(3, 1, num_heads, device=q.device)
-    sample_kernel[per_group, num_problems](
-        q, k, lse_read if scales is None else scales, table, uniform, lse_read, mean, variance,
-        scale,
-        P=per_group, D=head_dim, NUM_LISTS=len(lists), DRAWS=draws,
+    num_documents, num_heads, head_dim = q.shape
+    num_kv_heads = lists.shape[0] // num_documents
+    draws, per_group = 2 * num_strata, num_heads // num_kv_heads
+    if tuple(seeds.shape) != (num_documents,) or draws & (draws - 1):
+        raise ShapeMismatch(
+            f"seeds {tuple(seeds.shape)} and {num_strata} strata; limit ({num_documents},) and a "
+            "power of two; pass a seed for each query"
+        )
+    missed = out or Missed(*torch.empty(3, num_documents, num_heads, device=q.device))
+    sample_kernel[per_group, lists.shape[0]](
+        q, documents, lists, seeds, visible, layer, chosen, lse_read, *missed[:2], scale,
+        G=num_kv_heads, P=per_group, D=head_dim, STORED=kind, NUM_LISTS=lists.shape[1], DRAWS=draws,
         TILE=_TILE, UNIFORM=UNIFORM_SHARE, MAX_RATIO=MAX_LOG_RATIO,
-        IS_SCALED=scales is not None,
+        IS_SCALED=kind == tl.float8e4nv,
     )  # fmt: skip
-    bound_kernel[(num_problems,)](
-        q, table, most, scale, P=per_group, D=head_dim, NUM_LISTS=len(lists), TILE=_TILE,
-        BLOCK_R=max(16, triton.next_power_of_2(per_group)),
+    bound_kernel[(lists.shape[0],)](
+        q, lists, chosen, missed.log_most, scale, G=num_kv_heads, P=per_group, D=head_dim,
+        BLOCK_R=max(16, triton.next_power_of_2(per_group)), NUM_LISTS=lists.shape[1], TILE=_TILE,
     )  # fmt: skip
-    return Missed(mean, variance, most)
+    return missed

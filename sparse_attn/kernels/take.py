@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.common import LOWEST
+from sparse_attn.kernels.common import LOWEST, address
 from sparse_attn.kernels.emit import emit, expand, hide_taken
 from sparse_attn.kernels.search import low_part, packed, search_keys, units_at
 from sparse_attn.kernels.take_mass import take_mass
@@ -23,13 +23,16 @@ from sparse_attn.kernels.worth import bits_of, total_of
 
 @triton.jit
 def take_keys(
-    log_mass, width, sizes_at, firsts_at, counts_at, count, totals, limit, scratch, entries,
+    log_mass, width, sizes_at, firsts_at, counts_at, count, held, totals, limit, scratch, entries,
     capacity, edges, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
     SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """By keys; the first BLOCK units stay on the chip, of others the benefits are written down."""
+    """By keys; the first BLOCK units stay on the chip, of others the benefits are written down.
+
+    held: how many may be asked for; to be the number of units, count need not be known before.
+    """
     lane = tl.arange(0, BLOCK)
-    is_in = lane < width
+    is_in = lane < held
     sizes = tl.where(lane < count, tl.load(sizes_at + lane, mask=is_in, other=0), 0)
     bits = bits_of(log_mass, width, lane, is_in, sizes, totals, P, BLOCK_P)
     own = tl.where(sizes > 0, packed(sizes, SHIFT), 0)
@@ -72,7 +75,7 @@ def take_keys(
 
 @triton.jit
 def take_kernel(
-    log_mass, sizes, firsts, counts, unit_bounds, steady_lse, tile_lse, opened_lse, opened_bounds,
+    log_mass, units, unit_bounds, steady_lse, tile_lse, opened_lse, opened_bounds,
     scratch, entries, entry_bounds, place_bounds, slots,
     width, num_queries, num_steady, steady_rows, num_tiles, tile_rows, num_pieces, max_opened,
     limit, goal, max_entries, capacity,
@@ -81,10 +84,10 @@ def take_kernel(
 ):  # fmt: skip
     """Units of one problem, by falling benefit until `limit` keys or `goal` quanta of mass.
 
-    Grid: (Z). log_mass [Z, P, width] is read, and set to -inf where a unit is taken. sizes, firsts,
-    counts [rows, width] and unit_bounds [rows, 9]: a unit's keys, what an entry says of it
-    (first slot and size, or first cluster and clusters), and each fold's first unit; a row is a
-    head where BY_HEAD, else a problem. steady_lse [Z, steady_rows, P], of which num_steady count,
+    Grid: (Z). log_mass [Z, P, width] is read, and set to -inf where a unit is taken. units: int64
+    [heads, 3], addresses of a unit's keys, and of what an entry says of it, first slot and size or
+    first cluster and clusters; unless BY_HEAD, `members` (`score.score_piece`). unit_bounds [heads,
+    or Z, 9]: each fold's first unit. steady_lse [Z, steady_rows, P], of which num_steady count,
     tile_lse [Z, tile_rows, P], of which num_tiles, and opened_lse [Z, max_opened, P] (or none), of
     which num_pieces for each group in opened_bounds [Z, 9]: the log masses whose sum is
     everything. Writes entries [Z, max_entries, 3], bounds by fold of entries and of places [Z, 9],
@@ -103,9 +106,18 @@ def take_kernel(
         num_opened = tl.load(opened_bounds + z * 9 + 8) * num_pieces
         own_opened = opened_lse + z * max_opened * P
     log_mass += z * P * width
-    sizes += row.to(tl.int64) * width
-    firsts += row.to(tl.int64) * width
-    counts += row.to(tl.int64) * width
+    if BY_HEAD:
+        at = units + row * 3
+        sizes = address(at, tl.int32)
+        firsts = address(at + 1, tl.int32)
+        counts = address(at + 2, tl.int32)
+        held = count
+    else:
+        plane = tl.num_programs(0).to(tl.int64) * width
+        sizes = units + plane + z * width
+        firsts = sizes + plane
+        counts = sizes
+        held = width
     entries += z * max_entries * 3
     steady, totals = total_of(
         steady_lse + z * steady_rows * P, num_steady, tile_lse + z * tile_rows * P, num_tiles,
@@ -120,7 +132,7 @@ def take_kernel(
         )  # fmt: skip
     else:
         at, noted = take_keys(
-            log_mass, width, sizes, firsts, counts, count, totals, limit, scratch, entries,
+            log_mass, width, sizes, firsts, counts, count, held, totals, limit, scratch, entries,
             max_entries, edges, P, BLOCK_P, BLOCK, SHIFT,
         )  # fmt: skip
     noted = tl.where(edges < count, noted, at)

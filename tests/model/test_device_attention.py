@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 from orchestrator.evaluation.synthetic import synthetic_context
 from orchestrator.model.attention import Attention, make_attention
 from orchestrator.model.context import DocumentContext
-from orchestrator.model.decoder import Placing
+from orchestrator.model.decoder import Placing, Room
 from orchestrator.model.hf_config import config_from_hf
 from orchestrator.model.recorder import Recorder
 from orchestrator.steps import AttentionPlan
@@ -78,6 +78,7 @@ def ask(context: DocumentContext, backend: str, plan: AttentionPlan) -> tuple[Te
     outs = []
     with torch.inference_mode():
         for num_tokens in FORWARDS:
+            attention.prepare(num_tokens)
             for layer_idx in range(len(WINDOWS)):
                 q, k, v = (
                     torch.randn(num_tokens, heads, HEAD_DIM, generator=generator)
@@ -94,6 +95,7 @@ def attend(attention: Attention, layer_idx: int, q: Tensor, k: Tensor, v: Tensor
     if not isinstance(attention, Placing) or layer_idx < 2:
         return attention(layer_idx, q, k, v)
     room = attention.room(layer_idx)
+    assert isinstance(room, Room)
     rows = slice(int(room.at), int(room.at) + q.shape[0])
     room.k[:, rows], room.v[:, rows] = k.transpose(0, 1), v.transpose(0, 1)
     return attention.attend_placed(layer_idx, q)

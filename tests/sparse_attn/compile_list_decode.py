@@ -79,11 +79,12 @@ def _runs(
 def _spread(per_group: int, *, gathers: bool) -> Entry:
     signature = {
         "scores": _FLOAT,
-        **_pointers(_INT, "slots", "count"),
-        **_pointers(_FLOAT, "lse", "evidence"),
+        **_pointers(_INT if gathers else _LONG, "slots", "bounds"),
+        "lse": _FLOAT,
+        "evidence": _LONG,
         **_counts("num_slots"),
     }
-    constants = {"P": per_group, "BLOCK": 1024, "GATHERS": gathers}
+    constants = {"G": 8, "P": per_group, "BLOCK": 1024, "GATHERS": gathers}
     return dense.spread_kernel, signature, constants, {}
 
 
@@ -175,7 +176,8 @@ def _read(
 def _take(per_group: int, block: int, *, by_mass: bool, expands: bool, shift: int = 20) -> Entry:
     signature = {
         "log_mass": _FLOAT,
-        **_pointers(_INT, "sizes", "firsts", "counts", "unit_bounds"),
+        "units": _INT if expands else _LONG,
+        "unit_bounds": _INT,
         **_pointers(_FLOAT, "steady_lse", "tile_lse"),
         **_pointers(_INT, "scratch", "entries", "entry_bounds", "place_bounds", "slots"),
         **_counts("width", "num_queries", "num_steady", "steady_rows", "num_tiles", "tile_rows"),
@@ -226,21 +228,28 @@ def _merge(kv: str, head_dim: int, per_group: int, num_lists: int) -> Entry:
 
 
 def _missed(
-    kv: str, head_dim: int, per_group: int, num_lists: int, stored: str | None = None
+    kv: str, head_dim: int, per_group: int, num_lists: int, stored: Any = None
 ) -> Iterator[Entry]:
-    shape = {"P": per_group, "D": head_dim, "NUM_LISTS": num_lists, "TILE": tails._TILE}
+    shape = {**_shape(per_group, head_dim), "NUM_LISTS": num_lists, "TILE": tails._TILE}
     drawn = {
         "q": f"*{kv}",
-        "keys": f"*{stored or kv}",
-        "scales": _FLOAT,
-        "lists": _LONG,
-        **_pointers(_FLOAT, "uniform", "lse_read", "mean", "variance"),
+        **_pointers(_LONG, "documents", "lists"),
+        **_pointers(_LONG, "seeds", "visible"),
+        "layer": "i32",
+        "chosen": _INT,
+        **_pointers(_FLOAT, "lse_read", "mean", "variance"),
         "scale": "fp32",
     }
-    constants = {"DRAWS": 64, "UNIFORM": UNIFORM_SHARE, "MAX_RATIO": MAX_LOG_RATIO}
-    constants |= {"IS_SCALED": stored is not None}
+    constants = {"STORED": stored or _KV[kv], "DRAWS": 64, "IS_SCALED": stored is not None}
+    constants |= {"UNIFORM": UNIFORM_SHARE, "MAX_RATIO": MAX_LOG_RATIO}
     yield sample.sample_kernel, drawn, {**shape, **constants}, {}
-    bound = {"q": f"*{kv}", "lists": _LONG, "log_most": _FLOAT, "scale": "fp32"}
+    bound = {
+        "q": f"*{kv}",
+        "lists": _LONG,
+        "chosen": _INT,
+        "log_most": _FLOAT,
+        "scale": "fp32",
+    }
     yield sample.bound_kernel, bound, {**shape, "BLOCK_R": _rows(per_group)}, {}
 
 
@@ -265,7 +274,7 @@ def _each() -> Iterator[Entry]:
             yield _runs("bf16", head_dim, per_group, stored=tl.float8e4nv)
             for is_deep in (False, True):
                 yield _read("bf16", head_dim, per_group, is_deep=is_deep, stored=tl.float8e4nv)
-        yield from _missed("bf16", head_dim, 4, 2, stored="fp8e4nv")
+        yield from _missed("bf16", head_dim, 4, 2, stored=tl.float8e4nv)
     yield _runs("bf16", 128, 4, keeps=True, stored=tl.float8e4nv)
     yield _read("bf16", 128, 4, is_deep=True, keeps=True, stored=tl.float8e4nv)
     yield _runs("bf16", 128, 4, window=128)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sparse_attn.kernels import layer
+from sparse_attn.kernels import layer, rotary
 from sparse_attn.kernels.layer import AMD, NVIDIA, Tile
 
 Constants = dict[str, int | None]
@@ -48,7 +48,20 @@ def _rotate(heads: tuple[int, int], dim: int, block: int, *, has_norm: bool) -> 
     }
     constants: Constants = {"H": heads[0], "G": heads[1], "D": dim, "BLOCK": block}
     constants |= {} if has_norm else {"qk_norm": None}
-    return layer.rotate_append_kernel, signature, constants, {"num_warps": 1}
+    return rotary.rotate_append_kernel, signature, constants, {"num_warps": 1}
+
+
+def _rotate_each(heads: tuple[int, int], dim: int, block: int, *, has_norm: bool) -> Entry:
+    signature = {
+        **_pointers(_HALF, "heads", "cos", "sin"),
+        **_pointers(_FLOAT, *(["qk_norm"] if has_norm else [])),
+        "rooms": "*i64",
+        "q": _HALF,
+        "eps": "fp32",
+    }
+    constants: Constants = {"H": heads[0], "G": heads[1], "D": dim, "BLOCK": block}
+    constants |= {} if has_norm else {"qk_norm": None}
+    return rotary.rotate_append_each_kernel, signature, constants, {"num_warps": 1}
 
 
 def _gate(dim: int, *, is_silu: bool) -> Entry:
@@ -85,6 +98,8 @@ def _each(tiles: dict[int, Tile]) -> Iterator[Entry]:
     ):
         yield _rotate(heads, dim, block, has_norm=False)
         yield _rotate(heads, dim, block, has_norm=True)
+        yield _rotate_each(heads, dim, block, has_norm=False)
+        yield _rotate_each(heads, dim, block, has_norm=True)
     for dim in (1536, 14336):
         yield _gate(dim, is_silu=True)
         yield _gate(dim, is_silu=False)

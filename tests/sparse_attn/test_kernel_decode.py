@@ -315,22 +315,23 @@ def test_a_document_without_a_body(kind: Kind, levels: int) -> None:
 
 @pytest.mark.parametrize(("levels", "limit"), [(0, SOME), (1, SOME), (2, SOME), (2, FEW)], ids=str)
 def test_evidence(kind: Kind, levels: int, limit: Limit) -> None:
-    """Every slot gains its share of what was read, and no other does."""
-    case = make(kind)
+    """Every slot gains its share of what was read, and no other does; with another document beside
+    it, the same to the bit.
+    """
+    case, other = make(kind), make(kind, (33, 95), seed=4)
     layer, steady, held = case.layer, steady_of(case), torch.arange(len(case.layer.k)) / 100.0
-    found = held.clone().to(kind.device)
+    spread = []
+    for cases in ([case], [other, case]):
+        masses = [[held[: len(x.layer.k)].clone().to(kind.device)] for x in cases]
+        options: dict[str, Any] = {"limit": limit, "levels": levels} if levels else {}
+        plan = plan_of(cases, evidence=masses, **options)
+        run(plan, case, torch.stack([x.q for x in cases]))
+        plan.spread(0)
+        spread.append(masses[-1][0].cpu())
     if levels:
-        plan = plan_of([case], limit, levels=levels, keeps=True)
-        run(plan, case)
-        plan.spread(0, found)
         read = Read(BACKEND, [layer], case.q, limit, levels=levels)
         kept, lse = read.reads[0].kept, log_add(steady.lse, read.lse_read)
     else:
-        plan = plan_of([case], keeps=True)
-        run(plan, case)
-        num_slots = len(layer.k)
-        bounds = torch.tensor([0, num_slots // 2, num_slots], dtype=torch.int32)
-        plan.spread(0, found, bounds.to(kind.device))
         part, kept = BACKEND.attend_runs(
             case.q, layer.k, layer.v, layer.runs, scale=SCALE, keeps=True
         )
@@ -338,5 +339,7 @@ def test_evidence(kind: Kind, levels: int, limit: Limit) -> None:
     expected = held.clone()
     assert kept is not None
     BACKEND.spread_evidence(expected, kept, lse[0])
-    torch.testing.assert_close(found.cpu(), expected, atol=1e-5 if kind.is_exact else 1e-2, rtol=0)
+    tolerance = 1e-5 if kind.is_exact else 1e-2
+    torch.testing.assert_close(spread[0], expected, atol=tolerance, rtol=0)
+    assert torch.equal(*spread)
     assert bool((expected > held).any()) == (levels == 0 or limit != FEW)

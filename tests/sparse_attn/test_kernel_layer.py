@@ -14,7 +14,7 @@ from orchestrator.model.config import Activation, RopeConfig
 from orchestrator.model.layers import LayerWeights
 from orchestrator.model.rope import Rotation
 from sparse_attn.errors import AttentionError, ShapeMismatch
-from sparse_attn.kernels import layer
+from sparse_attn.kernels import layer, rotary
 
 HAS_GPU = torch.cuda.is_available()
 EPS = 1e-5
@@ -155,6 +155,30 @@ def test_rotate_append(
             torch.testing.assert_close(found, expected, atol=limit, rtol=0)
         else:
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_tokens_with_buffers_of_their_own_are_as_each_alone(kind: Kind, has_norm: bool) -> None:
+    """Buffers of different lengths, of which the last has no row left."""
+    num_kv, dim, places, rows = 2, 64, (3, 0, 9), (20, 6, 9)
+    heads = kind.normal(3, 6 + 2 * num_kv, dim, seed=0)
+    scale = kind.scale(6 + num_kv, dim, seed=1) if has_norm else None
+    turn = turn_of(kind, 3, dim)
+    at = [torch.tensor([place], device=kind.device) for place in places]
+    pairs = [kind.normal(2, num_kv, count, dim, seed=count) for count in rows]
+    wanted = [pair.clone() for pair in pairs]
+    buffers = [(pair[0], pair[1], own) for pair, own in zip(pairs, at, strict=True)]
+    rooms = rotary.rooms_of(heads, buffers)
+    q = layer.rotate_append_each(heads, *turn, scale, rooms, num_kv_heads=num_kv, eps=EPS)
+    for t, pair in enumerate(wanted):
+        own, cos, sin = (x[t : t + 1].contiguous() for x in (heads, turn.cos, turn.sin))
+        k, v = pair.unbind(0)
+        alone = layer.rotate_append(own, cos, sin, scale, k, v, at[t], eps=EPS)
+        assert torch.equal(q[t : t + 1], alone)
+        assert torch.equal(pairs[t], pair)
+    assert not torch.equal(pairs[0], kind.normal(2, num_kv, rows[0], dim, seed=rows[0]))
+    with pytest.raises(ShapeMismatch, match="rooms"):
+        layer.rotate_append_each(heads, *turn, scale, rooms[:2], num_kv_heads=num_kv, eps=EPS)
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # NumPy's, where a GPU has infinity
