@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import state
+from sparse_attn.blocks import BlockOperations
 from sparse_attn.estimate import Missed, sample_missed
 from sparse_attn.folds import NUM_FOLDS, Kept, Runs
 from sparse_attn.select.base import Limit, Tail
@@ -35,8 +36,9 @@ class Composed:
 
     makes_plans = False
 
-    def __init__(self, operations: ModuleType) -> None:
+    def __init__(self, operations: ModuleType, blocks: BlockOperations) -> None:
         self._operations: Any = operations
+        self.blocks = blocks
 
     def fused_for(self, _: torch.dtype) -> Any:
         """Operators of a layer for streams of that type, None where torch's are used."""

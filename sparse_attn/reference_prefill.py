@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import reference
-from sparse_attn.kernels.prefill_lists import BlockSelection, BlockUnits
+from sparse_attn.blocks import BlockSelection, BlockUnits
 from sparse_attn.state import Part, empty_part
 
 
@@ -61,9 +61,17 @@ def score_units(q: Tensor, units: BlockUnits, *, scale: float) -> Tensor:
 
 
 def select_blocks(
-    q: Tensor, units: BlockUnits, *, budget_keys: int, tile_tokens: int, scale: float
+    q: Tensor,
+    units: BlockUnits,
+    *,
+    budget_keys: int,
+    tile_tokens: int,
+    scale: float,
+    num_always: int = 0,
 ) -> BlockSelection:
-    """The best blocks of each query tile and KV head, by the greatest share of any query."""
+    """The first `num_always` blocks and the best others of each query tile and KV head, by the
+    greatest share of any query.
+    """
     log_mass = score_units(q, units, scale=scale)
     log_share = log_mass - torch.logsumexp(log_mass, dim=2, keepdim=True)
     per_group, sizes = q.shape[1] // units.keys.shape[0], _sizes(units)
@@ -72,6 +80,7 @@ def select_blocks(
         for g in range(units.keys.shape[0]):
             heads = slice(g * per_group, (g + 1) * per_group)
             scores = log_share[start : start + tile_tokens, heads].amax(dim=(0, 1)).tolist()
+            scores[:num_always] = [math.inf] * min(num_always, len(scores))
             taken, left = [], budget_keys
             for _, u in sorted((-score, u) for u, score in enumerate(scores)):
                 left -= sizes[u]

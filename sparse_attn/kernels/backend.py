@@ -1,8 +1,9 @@
 """The `triton` backend: plans for the steps of a question on one GPU.
 
 Owns what a question's attention is made of where one rank holds the whole document: `plan_dense`
-and `plan_selected`. What has no plan (prefill of a document, several ranks) is computed as the
-torch backend does it, as the README and `docs/kernels.md` say.
+and `plan_selected`; a sparse ingest's blocks are chosen and read by `prefill.py`. What has neither
+(dense attention of an ingest, several ranks) is computed as the torch backend does it, as the
+README and `docs/kernels.md` say.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from sparse_attn import torch_backend
 from sparse_attn.composed import Composed
 from sparse_attn.errors import BackendUnknown
-from sparse_attn.kernels import layer
+from sparse_attn.kernels import layer, prefill
 from sparse_attn.kernels.decode import DecodeDocument, DenseDecode, Heads
 from sparse_attn.kernels.selected import CentroidDecode, Tables, make_tables
 from sparse_attn.select.base import Limit
@@ -35,7 +36,7 @@ class TritonBackend(Composed):
 
     def __init__(self) -> None:
         """Raises BackendUnknown where nothing here can run a kernel."""
-        super().__init__(torch_backend)
+        super().__init__(torch_backend, prefill)
         self._tables: WeakKeyDictionary[Units, Tables] = WeakKeyDictionary()
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             raise BackendUnknown(
