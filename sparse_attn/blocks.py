@@ -20,10 +20,11 @@ from sparse_attn.state import Part
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockUnits:
-    """What each block of one layer stands for when it is not read.
+    """What each block of one layer is chosen by, and stands for when it is not read.
 
-    keys, values: [G, U, D], means over the block; variances: [G, U, D], of the keys; all
-    contiguous and of the type of the keys. num_slots: slots of each KV head.
+    keys, values: [G, U, D], means over the block; variances: [G, U, D], of the keys, by which
+    blocks are chosen alone; all contiguous and of the type of the keys. num_slots: slots of each
+    KV head.
     """
 
     keys: Tensor

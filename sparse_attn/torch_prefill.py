@@ -33,7 +33,7 @@ def select_blocks(
     per_group = q.shape[1] // num_kv_heads
     shares = []
     for g in range(num_kv_heads):
-        log_mass = _unit_mass(q[:, g * per_group : (g + 1) * per_group], units, g, scale)
+        log_mass, _ = _score(q[:, g * per_group : (g + 1) * per_group], units, g, scale)
         log_share = log_mass - log_mass.logsumexp(dim=2, keepdim=True)
         by_token = _by_tile(log_share.amax(dim=1), tile_tokens, padding=-torch.inf)
         shares.append(by_token.amax(dim=1))
@@ -109,10 +109,11 @@ def _read(
 
 
 def _unread(rows: Tensor, tail: BlockUnits, blocks: Tensor, g: int, scale: float) -> Tensor:
-    """Log mass [n, R, U] of every block that is not in blocks [n, W], LOWEST elsewhere, for rows
-    [n, tile, P, D].
+    """Log mass without spread [n, R, U] of every block that is not in blocks [n, W], LOWEST
+    elsewhere, for rows [n, tile, P, D].
     """
-    mass = _unit_mass(rows.flatten(0, 1), tail, g, scale).view(*rows.shape[:3], -1).flatten(1, 2)
+    _, mass = _score(rows.flatten(0, 1), tail, g, scale)
+    mass = mass.view(*rows.shape[:3], -1).flatten(1, 2)
     num_units = mass.shape[2]
     place = torch.where(blocks < 0, num_units, blocks).long()
     is_read = torch.zeros(len(blocks), num_units + 1, dtype=torch.bool, device=blocks.device)
@@ -120,12 +121,12 @@ def _unread(rows: Tensor, tail: BlockUnits, blocks: Tensor, g: int, scale: float
     return mass.masked_fill_(is_read[:, None, :num_units], LOWEST)
 
 
-def _unit_mass(q: Tensor, units: BlockUnits, g: int, scale: float) -> Tensor:
-    """Estimated log mass [T, P, U] of the blocks of KV head g for q [T, P, D]."""
+def _score(q: Tensor, units: BlockUnits, g: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Log mass [T, P, U] of KV head g's blocks for q [T, P, D], with their spread and without."""
     log_sizes = units.sizes().log()
     return score_units(
         q, units.keys[g], units.variances[g], log_sizes, (2.0 * log_sizes).sqrt(), scale=scale
-    )[0]
+    )
 
 
 def _by_tile(x: Tensor, tile_tokens: int, *, padding: float) -> Tensor:

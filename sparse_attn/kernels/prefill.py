@@ -109,7 +109,8 @@ def attend_blocks(
     """Attention of q [T, H, D] over the selected blocks of k, v [G, S, D].
 
     tail: the statistics of the same keys; every block that is not read is then one term of the same
-    softmax, so that the part covers all S keys. order: which loop is outside.
+    softmax, its mean value at its mean key's score, so that the part covers all S keys. order:
+    which loop is outside.
     """
     check_tensors(q, k, v, scale)
     check_lists(q, k.shape[0], k.shape[1], selection, tail)
@@ -168,7 +169,7 @@ def _attend_lists(
     rows = selection.tile_tokens * per_group
     shape = fitted(launch or launches(head_dim).lists, rows=rows, block=block)
     part = _new_part(q)
-    tables = (q, q, q) if tail is None else (tail.keys, tail.variances, tail.values)
+    tables = (q, q) if tail is None else (tail.keys, tail.values)
     flags = selection.blocks if tail is None else selection.flags(num_units)
     attend_lists_kernel[(num_tiles * triton.cdiv(rows, shape.block_m), num_kv_heads)](
         q, k, v, selection.blocks, selection.counts, *tables, flags, *part, scale,
