@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Self
+from typing import Literal, Self
 
 from kv_store import DocumentParams, DocumentWriter
 from orchestrator.cluster.executor import Executor
 from orchestrator.errors import ContextTooLong, UsageError
 from orchestrator.model.load import LoadedModel
 from orchestrator.run_plan import RunPlanner
+from orchestrator.sparse_prefill import SparseParams, check_place
 from orchestrator.steps import BeginIngest, EndIngest, PrefillChunk, SealSegment
 from sparse_attn.select.centroid_build import CentroidParams
 
@@ -30,14 +31,18 @@ LIBRARIES = ("torch", "numpy", "longspan")
 class IngestOptions:
     """What decides a document's bytes besides text and model.
 
-    chunk_tokens: of prefill, at most the segment; split_tokens: of a chunk's first half, computed
-    beside the second: 0 for no split, None to let the planner decide; clusters: None keeps KV in
-    token order without an index (such a document answers in mode `exact` only).
+    prefill_budget: of `prefill` sparse, what a tile of tokens reads of each KV head's sealed
+    segments, keys or a percentage such as "10%" (None); chunk_tokens: of prefill, at most the
+    segment; split_tokens: of a chunk's first half, computed beside the second: 0 for no split, None
+    to let the planner decide; clusters: None keeps KV in token order without an index (such a
+    document answers in mode `exact` only).
     """
 
     segment_tokens: int = 8192
     window: int = 64
     kv_dtype: str | None = None
+    prefill: Literal["exact", "sparse"] = "exact"
+    prefill_budget: str | int | None = None
     chunk_tokens: int = MAX_CHUNK_TOKENS
     system: str | None = None
     split_tokens: int | None = None
@@ -57,6 +62,18 @@ class IngestOptions:
             )
         if self.chunk_tokens < 1:
             raise UsageError(f"chunk tokens {self.chunk_tokens} is below 1; give 512, for example")
+        if self.prefill not in ("exact", "sparse"):
+            raise UsageError(f"prefill {self.prefill!r} is unknown; give exact or sparse")
+        if self.prefill == "exact" and self.prefill_budget is not None:
+            raise UsageError(
+                f"prefill budget {self.prefill_budget} was given with prefill exact, which reads "
+                "everything; give prefill sparse too"
+            )
+        self.sparse()
+
+    def sparse(self) -> SparseParams | None:
+        """How sealed segments are read; None: all of them. Raises UsageError."""
+        return None if self.prefill == "exact" else SparseParams.of(self.prefill_budget)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +127,8 @@ def ingest(
     text_ids, text_spans = model.tokenizer.encode(text)
     ids, spans = frame + list(text_ids), [(-1, -1)] * len(frame) + list(text_spans)
     _check_context(model, len(ids))
+    if options.sparse() is not None:
+        check_place(worker.place)
     split = _choose_split(options, planner, len(ids))
     # What decides the bits beside the mesh is kept with it: a resume must find the same.
     mesh = config.mesh if split is None else f"{config.mesh} split {split}"
@@ -138,6 +157,7 @@ def document_params(
     cfg = model.cfg
     dtype = str(model.decoder.dtype).removeprefix("torch.")
     windows = {window for window in cfg.windows if window is not None}
+    sparse = options.sparse()
     return DocumentParams(
         model=model.name,
         model_fingerprint=model.fingerprint,
@@ -158,7 +178,7 @@ def document_params(
         if options.clusters
         else {"name": "none"},
         chunk_tokens=min(options.chunk_tokens, options.segment_tokens),
-        prefill="exact",
+        prefill="exact" if sparse is None else sparse.describe(),
         threads=threads,
         mesh=mesh,
         machine=f"{model.decoder.device.type}-{platform.machine()}",
@@ -186,7 +206,7 @@ class _Run:
         self.prefill_s = self.cluster_s = self.write_s = 0.0
 
     def __enter__(self) -> Self:
-        writer, clusters = self._writer, self._options.clusters
+        writer, clusters, sparse = self._writer, self._options.clusters, self._options.sparse()
         root = self._executor.worker.store.root
         self._executor.run(
             BeginIngest(
@@ -197,6 +217,7 @@ class _Run:
                 num_tokens=len(self._ids),
                 sealed_segments=writer.sealed_segments,
                 clusters=None if clusters is None else clusters.to_dict(),
+                sparse=None if sparse is None else sparse.to_dict(),
             )
         )
         return self

@@ -93,7 +93,8 @@ class BeginIngest:
     """Make room for a document's prefill; sealed segments are read back.
 
     directory: of the document's files, relative to the store; digest: of its source; params:
-    the manifest's, as JSON values; clusters: parameters of the index, or None.
+    the manifest's, as JSON values; clusters: parameters of the index, or None; sparse: those of
+    `sparse_prefill.py`, None for exact prefill.
     """
 
     document: str
@@ -103,6 +104,7 @@ class BeginIngest:
     num_tokens: int
     sealed_segments: int
     clusters: Mapping[str, Any] | None
+    sparse: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,6 +39,7 @@ from orchestrator.model.load import LoadedModel
 from orchestrator.model.recorder import Recorder
 from orchestrator.place import Place
 from orchestrator.prefill import Prefill
+from orchestrator.sparse_prefill import SparseParams
 from orchestrator.steps import (
     Action,
     BeginIngest,
@@ -241,7 +242,12 @@ class Worker:
             directory=self.store.root / action.directory, digest=action.digest, layout=layout
         )
         prefill = Prefill(
-            self.model.decoder, self.backend, layout, clusters=clusters, place=self.place
+            self.model.decoder,
+            self.backend,
+            layout,
+            clusters=clusters,
+            sparse=None if action.sparse is None else SparseParams(**action.sparse),
+            place=self.place,
         )
         for segment_idx in range(action.sealed_segments):
             heads = self._agree(partial(self._read_sealed, files, segment_idx))

@@ -46,6 +46,7 @@ EXAMPLES: list[Action] = [
         num_tokens=10,
         sealed_segments=0,
         clusters={"keys_per_cluster": 4},
+        sparse={"budget": "10%", "min_keys": 1024},
     ),
     PrefillChunk(document="b", ids=(5,), start=3, split=None),
     SealSegment(document="b", segment_idx=2),
