@@ -2,8 +2,8 @@
 
 Owns the second-order estimate of `select/centroid.py` by tiles of rows, the greatest share that any
 query of a tile gives a block, and the terms of blocks that are not read: those leave the spread
-out, which over a hundred keys of a real model says ten times too much (`docs/log.md`); what is left
-is never above the block's mass. Scores are computed again in each pass and never stored.
+out, which over a hundred keys of a real model overstates them (`docs/log.md`), and are never above
+the mass of the block. Scores are computed again in each pass and never stored.
 """
 
 from __future__ import annotations
