@@ -19,7 +19,7 @@ from orchestrator.errors import ContextTooLong, UsageError
 from orchestrator.model.load import LoadedModel
 from orchestrator.run_plan import RunPlanner
 from orchestrator.sparse_prefill import SparseParams, check_place
-from orchestrator.steps import BeginIngest, EndIngest, PrefillChunk, SealSegment
+from orchestrator.steps import AwaitSegment, BeginIngest, EndIngest, PrefillChunk, SealSegment
 from sparse_attn.select.centroid_build import CentroidParams
 
 NUM_SINKS = 4
@@ -202,6 +202,9 @@ class _Run:
         self._executor, self._writer, self._ids = executor, writer, ids
         self._params, self._options, self._split_tokens = params, options, split
         self._chunk_tokens = min(options.chunk_tokens, options.segment_tokens)
+        # On a GPU a segment is written while the next is computed (`segment_writing.py`).
+        self._writes_aside = executor.worker.model.decoder.device.type == "cuda"
+        self._unsealed: int | None = None
         self.computed_tokens = 0
         self.prefill_s = self.cluster_s = self.write_s = 0.0
 
@@ -238,6 +241,7 @@ class _Run:
                 self._compute(chunk_start, chunk_stop)
                 on_progress(_progress(layout.num_tokens, chunk_stop, first, started))
             self._seal(segment_idx)
+        self._collect()
 
     def _compute(self, start: int, stop: int) -> None:
         began = time.perf_counter()
@@ -258,14 +262,24 @@ class _Run:
         return split if split is not None and 0 < split < num_tokens else None
 
     def _seal(self, segment_idx: int) -> None:
+        """Build a segment and begin to write it, the one before being on disk."""
+        self._collect()
         began = time.perf_counter()
-        entries = self._executor.run(
-            SealSegment(document=self._writer.name, segment_idx=segment_idx)
-        )
-        sealed = time.perf_counter()
-        self._writer.seal(segment_idx, entries)
-        self.cluster_s += sealed - began
-        self.write_s += time.perf_counter() - sealed
+        self._executor.run(SealSegment(document=self._writer.name, segment_idx=segment_idx))
+        self.cluster_s += time.perf_counter() - began
+        self._unsealed = segment_idx
+        if not self._writes_aside:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Wait for the segment that is being written, if one is, and seal it."""
+        if self._unsealed is None:
+            return
+        began = time.perf_counter()
+        entries = self._executor.run(AwaitSegment(document=self._writer.name))
+        self._writer.seal(self._unsealed, entries)
+        self._unsealed = None
+        self.write_s += time.perf_counter() - began
 
 
 def _choose_split(options: IngestOptions, planner: RunPlanner, num_tokens: int) -> int | None:

@@ -119,10 +119,17 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealSegment:
-    """Build and write the segment that is full; its result is the files' entries."""
+    """Build the segment that is full and begin to write it; at most one is being written."""
 
     document: str
     segment_idx: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwaitSegment:
+    """Wait until the segment that is being written is on disk; its result is the files' entries."""
+
+    document: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +158,7 @@ Action = (
     | BeginIngest
     | PrefillChunk
     | SealSegment
+    | AwaitSegment
     | EndIngest
     | Heartbeat
     | Stop
@@ -166,6 +174,7 @@ ACTIONS: dict[str, type[Action]] = {
         BeginIngest,
         PrefillChunk,
         SealSegment,
+        AwaitSegment,
         EndIngest,
         Heartbeat,
         Stop,

@@ -205,6 +205,24 @@ def test_less_is_read_and_the_estimate_brings_the_answer_near(
     assert with_error < without_error
 
 
+@pytest.mark.gpu
+def test_an_ingest_by_kernels_is_that_by_torch(tmp_path: Path) -> None:
+    model = save_long_model(tmp_path / "model", "llama-heads-of-64")
+    ours, theirs = (
+        run_mesh(
+            "1x1",
+            model,
+            tmp_path / backend,
+            ingest_and_ask(prefill="sparse"),
+            device="cuda",
+            dtype="bfloat16",
+            backend=backend,
+        ).cpu()
+        for backend in ("triton", "torch")
+    )
+    assert float((ours - theirs).abs().mean()) < 0.1 * float(theirs.std())
+
+
 def test_ranks_with_their_own_heads_read_the_same(model: Path, tmp_path: Path) -> None:
     one, two = (
         run_mesh(mesh, model, tmp_path, ingest_and_ask(prefill="sparse")) for mesh in ("1x1", "2x1")

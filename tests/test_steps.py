@@ -15,6 +15,7 @@ from orchestrator.steps import (
     ACTIONS,
     Action,
     AttentionPlan,
+    AwaitSegment,
     BeginIngest,
     BeginQuestion,
     Chain,
@@ -50,6 +51,7 @@ EXAMPLES: list[Action] = [
     ),
     PrefillChunk(document="b", ids=(5,), start=3, split=None),
     SealSegment(document="b", segment_idx=2),
+    AwaitSegment(document="b"),
     Heartbeat(),
 ]
 
