@@ -4,7 +4,7 @@ Two measures on a model with real weights, each against an exact ingest of the s
 loss of every token of a text (Python's language reference) once `SKIPPED` tokens are before it, and
 needles that are asked for in mode `exact` afterwards. Judges nothing.
 
-    --tokens N     of the text [7168]
+    --tokens N     of the text [7168], more than `SKIPPED`; 0 for none
     --cases N      needles, the lengths and depths of row A3 in turn [6]; 0 for none
     --threads N    of torch
 """
@@ -74,6 +74,8 @@ def main() -> int:
 
 
 def _compare_losses(engine: Engine, num_tokens: int) -> Iterator[tuple[str, dict[str, float]]]:
+    if not num_tokens:
+        return
     text = "\n\n".join(reference_paragraphs())
     ids = torch.tensor(engine.model.tokenizer.encode(text)[0][:num_tokens])
     exact = _losses(engine, ids, None)
