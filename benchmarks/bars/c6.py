@@ -8,6 +8,7 @@ Weights and text are noise: times alone mean something (quality: `benchmarks/spa
 
     --tokens N          a shorter document: try 32768 first, no row holds for it
     --chunk-tokens N    [what `longspan ingest` takes]
+    --dense torch|kernels   what attends where everything is read, with the triton backend [torch]
     --budget N|P%       of the sparse ingest [10%]
     --folder DIR        where the document is written [a temporary folder]: 50 GB at 256K tokens
     --device cpu --model shape:llama-3.1-8b@2 --tokens 2048 --segment-tokens 512    tries the script
@@ -39,6 +40,7 @@ from orchestrator.prefill import Prefill
 from orchestrator.segment_writing import SegmentWriting
 from orchestrator.sparse_prefill import SparseParams
 from sparse_attn.api import find_backend
+from sparse_attn.kernels.backend import TritonBackend
 
 BAR = (
     "`ingest --prefill sparse` of 256K tokens of the 8B shape takes at most 1 / 2.3 of an exact "
@@ -101,6 +103,7 @@ def main() -> int:
         "num_tokens": options.tokens,
         "chunk_tokens": options.chunk_tokens,
         "backend": backend,
+        "dense": options.dense,
         "dtype": dtype,
         "sparse": SparseParams.of(options.budget).to_dict(),
         "exact_s": asdict(exact) | {"shares": exact.shares()},
@@ -122,6 +125,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS)
     parser.add_argument("--segment-tokens", type=int, default=8192)
     parser.add_argument("--chunk-tokens", type=int, default=MAX_CHUNK_TOKENS)
+    parser.add_argument("--dense", choices=("torch", "kernels"), default="torch")
     parser.add_argument("--budget")
     parser.add_argument("--folder")
     return parser.parse_known_args()[0]
@@ -140,6 +144,13 @@ def _load(options: argparse.Namespace, folder: str) -> Engine:
     engine = Engine.load(
         options.model, store=Path(folder), device=options.device, backend=options.backend
     )
+    if options.dense == "kernels":
+        if not isinstance(engine.backend, TritonBackend):
+            raise SystemExit(
+                f"c6: --dense kernels with backend {engine.config.backend}; limit triton; give "
+                "--backend triton"
+            )
+        engine.backend.dense_kernels = True
     worker = engine.executor.worker
     cfg = replace(worker.model.cfg, max_context_tokens=2 * options.tokens)
     worker.model = replace(worker.model, cfg=cfg)

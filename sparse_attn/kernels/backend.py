@@ -24,15 +24,23 @@ from sparse_attn.kernels.decode import DecodeDocument, DenseDecode, Heads
 from sparse_attn.kernels.selected import CentroidDecode, Tables, make_tables
 from sparse_attn.select.base import Limit
 from sparse_attn.select.centroid import Units
+from sparse_attn.state import Part
 
 # Of every small product: bits of a column must not depend on how many others the caller has.
 _TILE = layer.TILES[32]
+# Of dense prefill kernels: a query tile.
+_MIN_DENSE_TOKENS = 64
 
 
 class TritonBackend(Composed):
-    """Kernels where a question spends its time on a GPU."""
+    """Kernels where a question spends its time on a GPU.
+
+    dense_kernels: whether dense attention of an ingest's chunks is `prefill.py`'s too, and not
+    torch's flash operator; row C5 measures both, `--dense kernels` of row C6 tries it.
+    """
 
     makes_plans = True
+    dense_kernels = False
 
     def __init__(self) -> None:
         """Raises BackendUnknown where nothing here can run a kernel."""
@@ -47,6 +55,22 @@ class TritonBackend(Composed):
     def fused_for(self, dtype: torch.dtype) -> Any:
         """`kernels.layer` on a GPU for half types; float32 is for comparing, and torch's."""
         return layer if torch.cuda.is_available() and dtype != torch.float32 else None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None
+    ) -> Part:
+        if mask is None and self._has_dense(q):
+            return prefill.attend_dense(q, k, v, scale=scale)
+        return super().attend(q, k, v, scale=scale, mask=mask)
+
+    def attend_causal(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Part:
+        if self._has_dense(q):
+            return prefill.attend_causal(q, k, v, scale=scale)
+        return super().attend_causal(q, k, v, scale=scale)
+
+    def _has_dense(self, q: Tensor) -> bool:
+        """Whether kernels are wanted, and there are as many queries as they are made for."""
+        return self.dense_kernels and q.shape[0] >= _MIN_DENSE_TOKENS
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not _is_small(x, weight):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +13,8 @@ from sparse_attn import reference, torch_prefill
 from sparse_attn import reference_prefill as twin
 from sparse_attn.api import find_backend
 from sparse_attn.blocks import BlockSelection, block_units
+from sparse_attn.kernels import prefill
+from sparse_attn.kernels.backend import TritonBackend
 from sparse_attn.state import Part
 
 BLOCK, SCALE = 64, 0.125
@@ -83,6 +88,34 @@ def test_selection(backend: str, budget: int, num_always: int) -> None:
     assert torch.equal(found.blocks[..., : expected.blocks.shape[2]], expected.blocks)
     first = min(num_always, budget // BLOCK)
     assert torch.equal(found.blocks[..., :first], torch.arange(first).expand(5, 2, first).int())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float32 is for the interpreter")
+def test_dense_attention_by_kernels_is_a_choice_of_the_triton_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k, v = make(65, 193, (4, 2))
+    backend = TritonBackend()
+    by_torch = backend.attend(q, k, v, scale=SCALE)
+    calls: list[int] = []
+    monkeypatch.setattr(backend, "dense_kernels", True)
+    monkeypatch.setattr(prefill, "_attend_dense", counted(prefill._attend_dense, calls))
+    assert_same(backend.attend(q, k, v, scale=SCALE), by_torch)
+    own = k[:, :65], v[:, :65]
+    assert_same(
+        backend.attend_causal(q, *own, scale=SCALE), reference.attend_causal(q, *own, scale=SCALE)
+    )
+    assert len(calls) == 2
+
+
+def counted(function: Callable[..., Part], calls: list[int]) -> Callable[..., Part]:
+    """The function, with a note of each call."""
+
+    def call(*args: Any, **options: Any) -> Part:
+        calls.append(len(args))
+        return function(*args, **options)
+
+    return call
 
 
 def test_no_query_is_no_part() -> None:
