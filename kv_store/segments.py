@@ -8,7 +8,9 @@ files of one segment, each the KV heads that it owns.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -19,6 +21,11 @@ from kv_store.errors import DocumentDamaged, InvalidSegment
 from kv_store.files import make_directory
 from kv_store.layout import Layout, segment_file
 from kv_store.manifest import FileEntry
+
+# A segment of this size is written by several threads, a file each: copies from a GPU, checksums
+# and the disk then wait for each other no longer.
+_SMALL_BYTES = 64 << 20
+_MAX_WRITERS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +47,19 @@ class SegmentFiles:
         """
         self._check(segment_idx, heads)
         make_directory((self.directory / segment_file(segment_idx, 0)).parent)
-        entries = {}
-        for kv_head_idx, tensors in heads.items():
-            metadata = self._metadata(segment_idx, kv_head_idx)
-            encoded = encode_tensors(trim_padding(tensors), metadata)
-            file = segment_file(segment_idx, kv_head_idx)
-            entries[kv_head_idx] = encoded.write(self.directory, file)
-        return entries
+        write = partial(self._write_head, segment_idx)
+        num_bytes = sum(x.nbytes for tensors in heads.values() for x in tensors.values())
+        if num_bytes < _SMALL_BYTES:
+            return dict(zip(heads, map(write, heads, heads.values()), strict=True))
+        with ThreadPoolExecutor(min(len(heads), _MAX_WRITERS)) as writers:
+            entries = writers.map(write, heads, heads.values())
+            return dict(zip(heads, entries, strict=True))
+
+    def _write_head(
+        self, segment_idx: int, kv_head_idx: int, tensors: Mapping[str, Tensor]
+    ) -> FileEntry:
+        encoded = encode_tensors(trim_padding(tensors), self._metadata(segment_idx, kv_head_idx))
+        return encoded.write(self.directory, segment_file(segment_idx, kv_head_idx))
 
     def read(self, segment_idx: int, kv_head_idx: int) -> dict[str, Tensor]:
         """A file's tensors, checked, in host memory. Errors: DocumentDamaged."""

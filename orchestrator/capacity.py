@@ -15,7 +15,7 @@ from collectives import Mesh
 from kv_store import Layout
 from orchestrator.model.config import ModelConfig
 from orchestrator.place import Place
-from sparse_attn.select.centroid_build import CentroidParams
+from sparse_attn.select.centroid_build import LEAST_PER_GROUP
 
 # The rest is for activations, the allocator and other processes.
 USABLE_SHARE = 0.9
@@ -33,7 +33,7 @@ def document_bytes(layout: Layout, mesh: Mesh, *, item_bytes: int, keys_per_clus
     per_cluster = 3 * 2 * layout.head_dim + 36
     tables = slots // keys_per_cluster * per_cluster if keys_per_cluster else 0
     # One group for each eight clusters.
-    tables += tables // CentroidParams().clusters_per_group
+    tables += tables // LEAST_PER_GROUP
     steady = _steady_bytes(layout, mesh, item_bytes=item_bytes)
     return layout.num_full_layers * (slots * per_slot + tables) + steady
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from typing import Self
+from typing import Literal, Self
 
 from kv_store import DocumentParams, DocumentWriter
 from orchestrator.cluster.executor import Executor
@@ -19,7 +19,8 @@ from orchestrator.errors import ContextTooLong, UsageError
 from orchestrator.model.load import LoadedModel
 from orchestrator.planning import KV_DTYPES, check_kv_dtype
 from orchestrator.run_plan import RunPlanner
-from orchestrator.steps import BeginIngest, EndIngest, PrefillChunk, SealSegment
+from orchestrator.sparse_prefill import SparseParams, check_place
+from orchestrator.steps import AwaitSegment, BeginIngest, EndIngest, PrefillChunk, SealSegment
 from sparse_attn.select.centroid_build import CentroidParams
 
 NUM_SINKS = 4
@@ -32,14 +33,18 @@ class IngestOptions:
     """What decides a document's bytes besides text and model.
 
     kv_dtype: a word of `KV_DTYPES`, None for the model's type;
-    chunk_tokens: of prefill, at most the segment; split_tokens: of a chunk's first half, computed
-    beside the second: 0 for no split, None to let the planner decide; clusters: None keeps KV in
-    token order without an index (such a document answers in mode `exact` only).
+    prefill_budget: of `prefill` sparse, what a tile of tokens reads of each KV head's sealed
+    segments, keys or a percentage such as "10%" (None); chunk_tokens: of prefill, at most the
+    segment; split_tokens: of a chunk's first half, computed beside the second: 0 for no split, None
+    to let the planner decide; clusters: None keeps KV in token order without an index (such a
+    document answers in mode `exact` only).
     """
 
     segment_tokens: int = 8192
     window: int = 64
     kv_dtype: str | None = None
+    prefill: Literal["exact", "sparse"] = "exact"
+    prefill_budget: str | int | None = None
     chunk_tokens: int = MAX_CHUNK_TOKENS
     system: str | None = None
     split_tokens: int | None = None
@@ -60,6 +65,23 @@ class IngestOptions:
             )
         if self.chunk_tokens < 1:
             raise UsageError(f"chunk tokens {self.chunk_tokens} is below 1; give 512, for example")
+        if self.prefill not in ("exact", "sparse"):
+            raise UsageError(f"prefill {self.prefill!r} is unknown; give exact or sparse")
+        if self.prefill == "exact" and self.prefill_budget is not None:
+            raise UsageError(
+                f"prefill budget {self.prefill_budget} was given with prefill exact, which reads "
+                "everything; give prefill sparse too"
+            )
+        if self.prefill == "sparse" and self.kv_dtype == "fp8":
+            raise UsageError(
+                "prefill sparse reads blocks of a document that is stored in fp8; limit kv dtype "
+                "float32 or bfloat16; give --kv-dtype bfloat16, or --prefill exact"
+            )
+        self.sparse()
+
+    def sparse(self) -> SparseParams | None:
+        """How sealed segments are read; None: all of them. Raises UsageError."""
+        return None if self.prefill == "exact" else SparseParams.of(self.prefill_budget)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +135,10 @@ def ingest(
     text_ids, text_spans = model.tokenizer.encode(text)
     ids, spans = frame + list(text_ids), [(-1, -1)] * len(frame) + list(text_spans)
     _check_context(model, len(ids))
+    if options.clusters is not None:
+        options = replace(options, clusters=options.clusters.for_document(len(ids)))
+    if options.sparse() is not None:
+        check_place(worker.place)
     split = _choose_split(options, planner, len(ids))
     # What decides the bits beside the mesh is kept with it: a resume must find the same.
     mesh = config.mesh if split is None else f"{config.mesh} split {split}"
@@ -141,6 +167,7 @@ def document_params(
     cfg = model.cfg
     dtype = str(model.decoder.dtype).removeprefix("torch.")
     windows = {window for window in cfg.windows if window is not None}
+    sparse = options.sparse()
     return DocumentParams(
         model=model.name,
         model_fingerprint=model.fingerprint,
@@ -161,7 +188,7 @@ def document_params(
         if options.clusters
         else {"name": "none"},
         chunk_tokens=min(options.chunk_tokens, options.segment_tokens),
-        prefill="exact",
+        prefill="exact" if sparse is None else sparse.describe(),
         threads=threads,
         mesh=mesh,
         machine=f"{model.decoder.device.type}-{platform.machine()}",
@@ -185,11 +212,14 @@ class _Run:
         self._executor, self._writer, self._ids = executor, writer, ids
         self._params, self._options, self._split_tokens = params, options, split
         self._chunk_tokens = min(options.chunk_tokens, options.segment_tokens)
+        # On a GPU a segment is written while the next is computed (`segment_writing.py`).
+        self._writes_aside = executor.worker.model.decoder.device.type == "cuda"
+        self._unsealed: int | None = None
         self.computed_tokens = 0
         self.prefill_s = self.cluster_s = self.write_s = 0.0
 
     def __enter__(self) -> Self:
-        writer, clusters = self._writer, self._options.clusters
+        writer, clusters, sparse = self._writer, self._options.clusters, self._options.sparse()
         root = self._executor.worker.store.root
         self._executor.run(
             BeginIngest(
@@ -200,6 +230,7 @@ class _Run:
                 num_tokens=len(self._ids),
                 sealed_segments=writer.sealed_segments,
                 clusters=None if clusters is None else clusters.to_dict(),
+                sparse=None if sparse is None else sparse.to_dict(),
             )
         )
         return self
@@ -220,6 +251,7 @@ class _Run:
                 self._compute(chunk_start, chunk_stop)
                 on_progress(_progress(layout.num_tokens, chunk_stop, first, started))
             self._seal(segment_idx)
+        self._collect()
 
     def _compute(self, start: int, stop: int) -> None:
         began = time.perf_counter()
@@ -240,14 +272,24 @@ class _Run:
         return split if split is not None and 0 < split < num_tokens else None
 
     def _seal(self, segment_idx: int) -> None:
+        """Build a segment and begin to write it, the one before being on disk."""
+        self._collect()
         began = time.perf_counter()
-        entries = self._executor.run(
-            SealSegment(document=self._writer.name, segment_idx=segment_idx)
-        )
-        sealed = time.perf_counter()
-        self._writer.seal(segment_idx, entries)
-        self.cluster_s += sealed - began
-        self.write_s += time.perf_counter() - sealed
+        self._executor.run(SealSegment(document=self._writer.name, segment_idx=segment_idx))
+        self.cluster_s += time.perf_counter() - began
+        self._unsealed = segment_idx
+        if not self._writes_aside:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Wait for the segment that is being written, if one is, and seal it."""
+        if self._unsealed is None:
+            return
+        began = time.perf_counter()
+        entries = self._executor.run(AwaitSegment(document=self._writer.name))
+        self._writer.seal(self._unsealed, entries)
+        self._unsealed = None
+        self.write_s += time.perf_counter() - began
 
 
 def _choose_split(options: IngestOptions, planner: RunPlanner, num_tokens: int) -> int | None:

@@ -4,7 +4,8 @@ The other meeting place (DESIGN section 3): keys from the decoder -> slot order 
 `sparse_attn` -> what `kv_store` keeps. Owns the keys of the open (not yet sealed) segment and the
 rule that later chunks attend to the stored form of sealed segments. Knows no files and no
 questions; `worker.py` writes what it builds. Full-attention layers merge three parts:
-sealed segments in slot order | the open segment's earlier chunks | the chunk itself, causally.
+sealed segments in slot order | the open segment's earlier chunks | the chunk itself, causally;
+with `--prefill sparse` the first is `sparse_prefill.py`'s.
 
 Over ranks: sealed segments are attended where they lie, and the parts pushed to the owners of the
 query heads; every context rank has the open segment and attends to it for the query heads that it
@@ -26,6 +27,7 @@ from orchestrator import packing
 from orchestrator.model.decoder import Attend, Decoder, Store
 from orchestrator.place import Place, alone
 from orchestrator.sealing import cluster_together, pick, put_in_order
+from orchestrator.sparse_prefill import SealedBlocks, SparseParams
 from sparse_attn.api import Backend
 from sparse_attn.select.centroid_build import CentroidParams
 from sparse_attn.state import Part, merge_parts
@@ -46,9 +48,13 @@ class PrefillAttention:
         *,
         scale: float,
         windows: tuple[int | None, ...],
+        sparse: SparseParams | None = None,
     ) -> None:
         self._resident, self._backend, self._place = resident, backend, place
         self._scale, self._windows = scale, windows
+        self._blocks = (
+            None if sparse is None else SealedBlocks(resident, backend, place, sparse, scale=scale)
+        )
         self.full_layers = [layer for layer, window in enumerate(windows) if window is None]
         self.sliding_layers = [layer for layer, window in enumerate(windows) if window is not None]
         self._index_of = {
@@ -77,6 +83,8 @@ class PrefillAttention:
     def restart(self) -> None:
         """The open segment was sealed and appended to the resident document."""
         self._num_open = 0
+        if self._blocks is not None:
+            self._blocks.append()
 
     def _store(self, layer_idx: int, k: Tensor, v: Tensor, *, start: int) -> None:
         chunk = slice(start, start + k.shape[0])
@@ -93,7 +101,7 @@ class PrefillAttention:
                 return self._attend_sliding(layer_idx, q, start).out.to(q.dtype)
             parts = self._attend_open(layer_idx, q, start)
             if self._resident.num_sealed:
-                parts.append(self._attend_sealed(self._index_of[layer_idx], q))
+                parts += self._attend_sealed(self._index_of[layer_idx], q, start)
             return merge_parts(parts).out.to(q.dtype)
         return self._attend_steps(layer_idx, q, start)
 
@@ -103,11 +111,11 @@ class PrefillAttention:
         elif not self._resident.num_sealed:
             own = merge_parts(self._attend_open(layer_idx, q, start))
         else:
-            sealed = self._attend_sealed(self._index_of[layer_idx], q)
+            sealed = self._attend_sealed(self._index_of[layer_idx], q, start)
             if self._place.context.size == 1:
-                own = merge_parts([*self._attend_open(layer_idx, q, start), sealed])
+                own = merge_parts([*self._attend_open(layer_idx, q, start), *sealed])
             else:
-                pending = self._place.context.start_all_to_all(self._pack(sealed))
+                pending = self._place.context.start_all_to_all(self._pack(*sealed))
                 parts = self._attend_open(layer_idx, q, start)
                 received = yield pending
                 own = merge_parts([*parts, *self._unpack(received)])
@@ -127,21 +135,25 @@ class PrefillAttention:
                 before.append(backend.attend(rows, *earlier, scale=self._scale))
         return [_beside(parts) for parts in (causal, before) if parts]
 
-    def _attend_sealed(self, full_layer: int, q: Tensor) -> Part:
-        """What this rank holds of the sealed segments, for all query heads of the head group."""
+    def _attend_sealed(self, full_layer: int, q: Tensor, start: int) -> list[Part]:
+        """What this rank holds of the sealed segments, for all query heads of the head group: one
+        part, but where a sparse ingest makes two.
+        """
+        if self._blocks is not None:
+            return self._blocks.attend(full_layer, q, num_before=start)
         spans, kv_heads = self._sealed_spans(), self._resident.holding.kv_heads
         if self._is_whole and not self._resident.layout.is_fp8:
             sealed = slice(0, self._resident.num_sealed)
             k, v = self._resident.k[full_layer], self._resident.v[full_layer]
             k, v = (x.view(len(spans), -1, x.shape[1])[:, sealed] for x in (k, v))
-            return self._backend.attend(q, k, v, scale=self._scale)
+            return [self._backend.attend(q, k, v, scale=self._scale)]
         per_group, parts = self._place.group_size, []
         for head, (first, last) in enumerate(spans):
             rows, kv_head = q[:, head * per_group : (head + 1) * per_group], kv_heads[head]
             wide = partial(self._resident.wide_head, full_layer=full_layer, kv_head_idx=kv_head)
             own = [wide(name, num_slots=last - first)[None] for name in ("k", "v")]
             parts.append(self._backend.attend(rows, *own, scale=self._scale))
-        return _beside(parts)
+        return [_beside(parts)]
 
     def _sealed_spans(self) -> list[tuple[int, int]]:
         """Slots of each KV head that are filled: those of its held segments that are sealed."""
@@ -227,8 +239,10 @@ class Prefill:
         layout: Layout,
         *,
         clusters: CentroidParams | None,
+        sparse: SparseParams | None = None,
         place: Place | None = None,
     ) -> None:
+        """sparse: how sealed segments are read, None to read all of them."""
         cfg = decoder.cfg
         self.place = place or alone(num_heads=cfg.num_heads, num_kv_heads=cfg.num_kv_heads)
         self.layout = layout
@@ -237,7 +251,12 @@ class Prefill:
         )
         self._decoder, self._clusters = decoder, clusters
         self._attention = PrefillAttention(
-            self.resident, backend, self.place, scale=cfg.attention_scale, windows=cfg.windows
+            self.resident,
+            backend,
+            self.place,
+            scale=cfg.attention_scale,
+            windows=cfg.windows,
+            sparse=sparse,
         )
 
     def forward(self, ids: Tensor, start: int) -> Tensor:

@@ -125,14 +125,14 @@ def selector_facts(
     is_by_budget = decision.mode == "centroid" and decision.mass is None
     return {
         "mode": decision.mode,
-        "budget": _stated_budget(options.budget) if is_by_budget else None,
+        "budget": state_budget(options.budget) if is_by_budget else None,
         "mass": decision.mass,
         "levels": decision.levels,
         "index": dict(index),
     }
 
 
-def _stated_budget(budget: str | int | None) -> str:
+def state_budget(budget: str | int | None) -> str:
     """One spelling of a budget, the default's included."""
     if budget is None:
         return f"{DEFAULT_BUDGET_SHARE * 100:g}%"

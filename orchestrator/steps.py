@@ -103,7 +103,8 @@ class BeginIngest:
     """Make room for a document's prefill; sealed segments are read back.
 
     directory: of the document's files, relative to the store; digest: of its source; params:
-    the manifest's, as JSON values; clusters: parameters of the index, or None.
+    the manifest's, as JSON values; clusters: parameters of the index, or None; sparse: those of
+    `sparse_prefill.py`, None for exact prefill.
     """
 
     document: str
@@ -113,6 +114,7 @@ class BeginIngest:
     num_tokens: int
     sealed_segments: int
     clusters: Mapping[str, Any] | None
+    sparse: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,10 +129,17 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealSegment:
-    """Build and write the segment that is full; its result is the files' entries."""
+    """Build the segment that is full and begin to write it; at most one is being written."""
 
     document: str
     segment_idx: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwaitSegment:
+    """Wait until the segment that is being written is on disk; its result is the files' entries."""
+
+    document: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +169,7 @@ Action = (
     | BeginIngest
     | PrefillChunk
     | SealSegment
+    | AwaitSegment
     | EndIngest
     | Heartbeat
     | Stop
@@ -176,6 +186,7 @@ ACTIONS: dict[str, type[Action]] = {
         BeginIngest,
         PrefillChunk,
         SealSegment,
+        AwaitSegment,
         EndIngest,
         Heartbeat,
         Stop,

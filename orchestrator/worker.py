@@ -37,8 +37,11 @@ from orchestrator.model.load import LoadedModel
 from orchestrator.place import Place
 from orchestrator.prefill import Prefill
 from orchestrator.questions import Questions
+from orchestrator.segment_writing import SegmentWriting
+from orchestrator.sparse_prefill import SparseParams
 from orchestrator.steps import (
     Action,
+    AwaitSegment,
     BeginIngest,
     BeginQuestion,
     CloseDocument,
@@ -84,7 +87,7 @@ class HeldDocument:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ingest:
     prefill: Prefill
-    files: SegmentFiles
+    writing: SegmentWriting
 
 
 class Worker:
@@ -108,6 +111,7 @@ class Worker:
             BeginIngest: self._begin_ingest,
             PrefillChunk: self._prefill_chunk,
             SealSegment: self._seal_segment,
+            AwaitSegment: self._await_segment,
             EndIngest: self._end_ingest,
             Heartbeat: lambda _: None,
             Stop: lambda _: self.close(),
@@ -115,7 +119,7 @@ class Worker:
 
     def execute(self, action: Action) -> Any:
         """Carry out one step. Returns logits of a Forward, outcomes of a ForwardEach, the recorder
-        of an EndQuestion that reports, the files of a SealSegment by KV head, else None. Raises
+        of an EndQuestion that reports, the files of an AwaitSegment by KV head, else None. Raises
         AgreedFault for what all ranks know of; anything else leaves the ranks out of step.
         """
         return self._methods[type(action)](action)
@@ -123,7 +127,8 @@ class Worker:
     def close(self) -> None:
         """Release every document."""
         self.questions.clear()
-        self._ingests.clear()
+        for name in list(self._ingests):
+            self._end_ingest(EndIngest(document=name))
         for held in self.documents.values():
             held.document.close()
         self.documents.clear()
@@ -188,12 +193,18 @@ class Worker:
             directory=self.store.root / action.directory, digest=action.digest, layout=layout
         )
         prefill = Prefill(
-            self.model.decoder, self.backend, layout, clusters=clusters, place=self.place
+            self.model.decoder,
+            self.backend,
+            layout,
+            clusters=clusters,
+            sparse=None if action.sparse is None else SparseParams(**action.sparse),
+            place=self.place,
         )
         for segment_idx in range(action.sealed_segments):
             heads = self._agree(partial(self._read_sealed, files, segment_idx))
             prefill.append(segment_idx, heads)
-        self._ingests[action.document] = _Ingest(prefill=prefill, files=files)
+        writing = SegmentWriting(files, self.model.decoder.device)
+        self._ingests[action.document] = _Ingest(prefill=prefill, writing=writing)
 
     def _read_sealed(self, files: SegmentFiles, segment_idx: int) -> dict[int, dict[str, Tensor]]:
         """What this rank needs of a sealed segment: its own KV heads, sliding-window keys, and of
@@ -214,13 +225,16 @@ class Worker:
         self._ingests[action.document].prefill.fill(ids, action.start, split=action.split)
         self.place.flat.settle()
 
-    def _seal_segment(self, action: SealSegment) -> dict[int, FileEntry]:
+    def _seal_segment(self, action: SealSegment) -> None:
         ingest, segment_idx = self._ingests[action.document], action.segment_idx
         self._agree(lambda: ingest.prefill.fit_scales(segment_idx))
         heads = ingest.prefill.build(segment_idx)
         owned = {head: x for head, x in heads.items() if self.place.owns(segment_idx, head)}
-        entries = self._agree(lambda: ingest.files.write(segment_idx, owned))
+        ingest.writing.start(segment_idx, owned)
         ingest.prefill.append(segment_idx, heads)
+
+    def _await_segment(self, action: AwaitSegment) -> dict[int, FileEntry]:
+        entries = self._agree(self._ingests[action.document].writing.wait)
         return self._gather_entries(entries)
 
     def _gather_entries(self, entries: Mapping[int, FileEntry]) -> dict[int, FileEntry]:
@@ -235,7 +249,9 @@ class Worker:
         return gathered
 
     def _end_ingest(self, action: EndIngest) -> None:
-        self._ingests.pop(action.document, None)
+        ingest = self._ingests.pop(action.document, None)
+        if ingest is not None:
+            ingest.writing.close()
 
     def _agree(self, work: Callable[[], T], *, undo: Callable[[T], object] = lambda _: None) -> T:
         """Do something that can fail on one rank alone; it fails on all or on none.

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparse_attn.blocks import BlockOperations
 from sparse_attn.errors import BackendUnknown
 from sparse_attn.estimate import Missed
 from sparse_attn.folds import Kept, Runs
@@ -26,10 +27,12 @@ BACKENDS = ("reference", "torch", "native", "triton")
 class Backend(Protocol):
     """What attention is computed with. Shapes and meanings are those of `composed.Composed`.
 
-    makes_plans: whether it has `plan_dense` and `plan_selected` too (`kernels.backend`).
+    makes_plans: whether it has `plan_dense` and `plan_selected` too (`kernels.backend`); blocks:
+    what a sparse ingest chooses and reads blocks with.
     """
 
     makes_plans: bool
+    blocks: BlockOperations
 
     def fused_for(self, dtype: torch.dtype) -> Any: ...
 
@@ -113,14 +116,14 @@ class Backend(Protocol):
 
 def find_backend(name: str) -> Backend:
     """The backend of that name; raises BackendUnknown otherwise."""
-    from sparse_attn import reference, torch_backend
+    from sparse_attn import reference, reference_prefill, torch_backend, torch_prefill
     from sparse_attn.composed import Composed
 
     match name:
         case "reference":
-            return Composed(reference)
+            return Composed(reference, reference_prefill)
         case "torch":
-            return Composed(torch_backend)
+            return Composed(torch_backend, torch_prefill)
         case "native":
             from sparse_attn.native.backend import NativeBackend
 

@@ -1,12 +1,11 @@
 """A backend out of plain operations on parts: the steps of a question, one operation after another.
 
-Owns the order of operations; the operations are those of a module (`torch_backend`, `reference`).
-What a step is, is defined here; a backend with fused kernels computes the same.
+Owns the order of operations; the operations are a module's (`torch_backend`, `reference`). What a
+step is, is defined here; a backend with fused kernels computes the same.
 
 Keys and values of a document are flat: k, v [N, D], `slot` is a row. Every operation over them has
 the shape of one head's fold, or of one segment of it, whoever else's keys the caller holds: that,
-and the tree in which folds meet, is why a result's bits do not depend on how many callers share the
-folds (`folds.py`).
+and the tree in which folds meet (`folds.py`), is why bits do not depend on how many callers share.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import state
+from sparse_attn.blocks import BlockOperations
 from sparse_attn.estimate import Missed, sample_missed
 from sparse_attn.fold_parts import FoldParts, keep_units, side_by_side
 from sparse_attn.folds import NUM_FOLDS, Kept, Runs
@@ -37,8 +37,8 @@ class Composed:
 
     makes_plans = False
 
-    def __init__(self, operations: ModuleType) -> None:
-        self._operations: Any = operations
+    def __init__(self, operations: ModuleType, blocks: BlockOperations) -> None:
+        self._operations, self.blocks = operations, blocks
 
     def fused_for(self, _: torch.dtype) -> Any:
         """Operators of a layer for streams of that type, None where torch's are used."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import reference
-from sparse_attn.kernels.prefill_lists import BlockSelection, BlockUnits
+from sparse_attn.blocks import BlockSelection, BlockUnits
 from sparse_attn.state import Part, empty_part
 
 
@@ -42,8 +42,10 @@ def block_units(k: Tensor, v: Tensor, *, block: int) -> BlockUnits:
     return BlockUnits(**dict(zip(_TABLES, tables, strict=True)), block=block, num_slots=k.shape[1])
 
 
-def score_units(q: Tensor, units: BlockUnits, *, scale: float) -> Tensor:
-    """Estimated log mass [T, H, U] of each block for each query head (`select/centroid.py`)."""
+def score_units(q: Tensor, units: BlockUnits, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Estimated log mass of each block for each query head (`select/centroid.py`), and without its
+    spread: [T, H, U].
+    """
     per_group = q.shape[1] // units.keys.shape[0]
     log_sizes = torch.tensor([math.log(n) for n in _sizes(units)], device=q.device)
     masses = [
@@ -54,17 +56,26 @@ def score_units(q: Tensor, units: BlockUnits, *, scale: float) -> Tensor:
             log_sizes,
             (2.0 * log_sizes).sqrt(),
             scale=scale,
-        )[0]
+        )
         for g in range(units.keys.shape[0])
     ]
-    return torch.cat(masses, dim=1)
+    with_spread, linear = (torch.cat(x, dim=1) for x in zip(*masses, strict=True))
+    return with_spread, linear
 
 
 def select_blocks(
-    q: Tensor, units: BlockUnits, *, budget_keys: int, tile_tokens: int, scale: float
+    q: Tensor,
+    units: BlockUnits,
+    *,
+    budget_keys: int,
+    tile_tokens: int,
+    scale: float,
+    num_always: int = 0,
 ) -> BlockSelection:
-    """The best blocks of each query tile and KV head, by the greatest share of any query."""
-    log_mass = score_units(q, units, scale=scale)
+    """The first `num_always` blocks and the best others of each query tile and KV head, by the
+    greatest share of any query.
+    """
+    log_mass, _ = score_units(q, units, scale=scale)
     log_share = log_mass - torch.logsumexp(log_mass, dim=2, keepdim=True)
     per_group, sizes = q.shape[1] // units.keys.shape[0], _sizes(units)
     lists = []
@@ -72,6 +83,7 @@ def select_blocks(
         for g in range(units.keys.shape[0]):
             heads = slice(g * per_group, (g + 1) * per_group)
             scores = log_share[start : start + tile_tokens, heads].amax(dim=(0, 1)).tolist()
+            scores[:num_always] = [math.inf] * min(num_always, len(scores))
             taken, left = [], budget_keys
             for _, u in sorted((-score, u) for u, score in enumerate(scores)):
                 left -= sizes[u]
@@ -96,11 +108,11 @@ def attend_blocks(
     tail: BlockUnits | None = None,
 ) -> Part:
     """Attention of q [T, H, D] over the selected blocks of k, v [G, S, D]; with `tail`, every other
-    block is one term of the same softmax.
+    block is one term of the same softmax, its mean value at its mean key's score.
     """
     part = empty_part(q.shape[0], q.shape[1], q.shape[2], q.device)
     per_group, block = q.shape[1] // k.shape[0], selection.block
-    log_mass = None if tail is None else score_units(q, tail, scale=scale)
+    log_mass = None if tail is None else score_units(q, tail, scale=scale)[1]
     for t in range(q.shape[0]):
         for h in range(q.shape[1]):
             g = h // per_group
@@ -121,7 +133,7 @@ def attend_unread(q: Tensor, units: BlockUnits, selection: BlockSelection, *, sc
     """The estimated part of q [T, H, D] over every block that is not selected."""
     part = empty_part(q.shape[0], q.shape[1], q.shape[2], q.device)
     per_group = q.shape[1] // units.keys.shape[0]
-    log_mass = score_units(q, units, scale=scale)
+    _, log_mass = score_units(q, units, scale=scale)
     for t in range(q.shape[0]):
         for h in range(q.shape[1]):
             read = selection.blocks[t // selection.tile_tokens, h // per_group].tolist()

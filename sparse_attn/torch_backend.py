@@ -16,7 +16,7 @@ from torch import Tensor
 from sparse_attn.state import LOWEST, Part
 
 _ROWS_AT_ONCE = 4096
-# Runs of keys up to this long are widened to float32 on the CPU (see `_widened`).
+# Runs of keys up to this long are widened to float32 on the CPU (see `widened`).
 _MAX_WIDENED_SLOTS = 2048
 _FUSED_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FUSED_CUDA = torch.ops.aten._scaled_dot_product_flash_attention
@@ -37,7 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
     if mask is None and num_slots and rows.shape[1] >= _MIN_FUSED_ROWS and _has_fused(q):
         return _unfold(*_fused(rows, k, v, scale, is_causal=False), num_tokens)
     if num_slots <= _MAX_WIDENED_SLOTS:
-        rows, k, v = (_widened(x) for x in (rows, k, v))
+        rows, k, v = (widened(x) for x in (rows, k, v))
     if mask is not None:
         per_group = num_heads // num_kv_heads
         mask = (
@@ -46,10 +46,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
     pieces = []
     for start in range(0, rows.shape[1], _ROWS_AT_ONCE):
         piece = slice(start, start + _ROWS_AT_ONCE)
-        scores = _scaled_product(rows[:, piece], k, scale)
+        scores = scaled_product(rows[:, piece], k, scale)
         if mask is not None:
             scores.masked_fill_(~mask[piece], LOWEST)
-        pieces.append(_softmax_product(scores, v, may_hide=mask is not None))
+        pieces.append(softmax_product(scores, v, may_hide=mask is not None))
     out, lse = (torch.cat(column, dim=1) for column in zip(*pieces, strict=True))
     return _unfold(out, lse, num_tokens)
 
@@ -79,13 +79,13 @@ def attend_scored(
     matrix.
     """
     if k.shape[0] <= _MAX_WIDENED_SLOTS:
-        q, k, v = (_widened(x) for x in (q, k, v))
+        q, k, v = (widened(x) for x in (q, k, v))
     scores = _scores(q, k, scale)
     hidden = scores
     if visible is not None:
         hidden = scores.masked_fill(~visible.unsqueeze(1), LOWEST)
     rows = hidden.view(1, -1, k.shape[0])
-    out, lse = _softmax_product(rows, v.unsqueeze(0), may_hide=visible is not None)
+    out, lse = softmax_product(rows, v.unsqueeze(0), may_hide=visible is not None)
     return Part(out.float().view(q.shape), lse.view(q.shape[:2])), scores
 
 
@@ -196,7 +196,7 @@ def _softmax(scores: Tensor, *, may_hide: bool = True) -> tuple[Tensor, Tensor]:
     return weights, lse
 
 
-def _softmax_product(scores: Tensor, values: Tensor, *, may_hide: bool) -> tuple[Tensor, Tensor]:
+def softmax_product(scores: Tensor, values: Tensor, *, may_hide: bool) -> tuple[Tensor, Tensor]:
     """Weighted mean of the values and log-sum-exp; 0 for a row without a score."""
     weights, lse = _softmax(scores, may_hide=may_hide)
     out = torch.bmm(weights.to(values.dtype), values)
@@ -208,16 +208,16 @@ def _softmax_product(scores: Tensor, values: Tensor, *, may_hide: bool) -> tuple
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale * q @ k^T of q [T, P, D], k [S, D]: [T, P, S] float32."""
     rows = q.to(k.dtype).reshape(1, -1, q.shape[2])
-    return _scaled_product(rows, k.unsqueeze(0), scale).view(*q.shape[:2], k.shape[0])
+    return scaled_product(rows, k.unsqueeze(0), scale).view(*q.shape[:2], k.shape[0])
 
 
-def _scaled_product(rows: Tensor, keys: Tensor, scale: float) -> Tensor:
+def scaled_product(rows: Tensor, keys: Tensor, scale: float) -> Tensor:
     """scale * rows @ keys^T, [G, R, S] float32."""
     nothing = rows.new_empty(1)
     return torch.baddbmm(nothing, rows, keys.transpose(1, 2), beta=0, alpha=scale).float()
 
 
-def _widened(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """float32 for a small half-precision operand on the CPU, else x itself.
 
     Half-precision products compile a kernel for every new shape there, and the shapes of selections

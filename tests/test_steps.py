@@ -15,6 +15,7 @@ from orchestrator.steps import (
     ACTIONS,
     Action,
     AttentionPlan,
+    AwaitSegment,
     BeginIngest,
     BeginQuestion,
     Chain,
@@ -48,9 +49,11 @@ EXAMPLES: list[Action] = [
         num_tokens=10,
         sealed_segments=0,
         clusters={"keys_per_cluster": 4},
+        sparse={"budget": "10%", "min_keys": 1024},
     ),
     PrefillChunk(document="b", ids=(5,), start=3, split=None),
     SealSegment(document="b", segment_idx=2),
+    AwaitSegment(document="b"),
     Heartbeat(),
 ]
 

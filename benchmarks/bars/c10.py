@@ -23,9 +23,9 @@ if not torch.cuda.is_available():
 from triton.runtime import interpreter
 
 from benchmarks.harness import note, print_row
+from sparse_attn.blocks import BlockSelection
 from sparse_attn.kernels import prefill, selected
 from sparse_attn.kernels.decode import Attended
-from sparse_attn.kernels.prefill_lists import BlockSelection
 from sparse_attn.kernels.selected import CentroidDecode
 from sparse_attn.select.base import Limit
 from sparse_attn.select.centroid import Units

@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import Timing, interleave, note, print_row
+from sparse_attn.blocks import BlockSelection, BlockUnits, block_units
 from sparse_attn.kernels import prefill
 from sparse_attn.kernels.prefill_launch import Launch
-from sparse_attn.kernels.prefill_lists import BlockSelection, BlockUnits, block_units
 from sparse_attn.state import Part
 
 BAR = "prefill at a 10 % budget, selection included: >= 5x the best dense peer of the same run"

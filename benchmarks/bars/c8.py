@@ -21,7 +21,7 @@ BAR = (
     "KV: at most 6 ms a token in centroid, and at least 3x faster than exact"
 )
 SHORT, LONG = 8192, 1_048_576
-CLUSTERS = CentroidParams(keys_per_cluster=8, clusters_per_group=32)
+CLUSTERS = CentroidParams(keys_per_cluster=8)
 LEAST, MOST_S, FASTER = 0.75, 6e-3, 3.0
 
 

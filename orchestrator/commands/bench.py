@@ -52,7 +52,9 @@ def amortised(
     help="Of the document's KV [that of --dtype].",
 )
 @click.option("--keys-per-cluster", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--clusters-per-group", type=click.IntRange(1), default=8, show_default=True)
+@click.option(
+    "--clusters-per-group", type=click.IntRange(1), help="[by length: 8 at 8,192 tokens, or more]"
+)
 @click.option("--questions", type=int, default=1, show_default=True)
 @click.option("--documents", type=int, default=1, show_default=True)
 @JSON
@@ -64,7 +66,7 @@ def decode(
     repeats: int,
     kv_dtype: str | None,
     keys_per_cluster: int,
-    clusters_per_group: int,
+    clusters_per_group: int | None,
     questions: int,
     documents: int,
     as_json: bool,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     type=click.Choice(["float32", "bfloat16", "fp8"]),
     help="Of stored KV [that of --dtype]; fp8: one byte a number.",
 )
-@click.option("--prefill", type=click.Choice(["exact"]), default="exact", show_default=True)
+@click.option(
+    "--prefill",
+    type=click.Choice(["exact", "sparse"]),
+    default="exact",
+    show_default=True,
+    help="What a token attends to of earlier segments: all, or a budget, the rest estimated.",
+)
+@click.option(
+    "--prefill-budget", metavar="N|P%", help="Of sparse prefill: keys, or a percentage [10%]."
+)
 @click.option("--replace", is_flag=True, help="Replace a finished document of this name.")
 @click.option("--restart", is_flag=True, help="Discard a partial ingest instead of resuming it.")
 @JSON
@@ -39,7 +48,8 @@ def ingest(
     segment_tokens: int,
     window: int,
     kv_dtype: str | None,
-    prefill: str,
+    prefill: Literal["exact", "sparse"],
+    prefill_budget: str | None,
     replace: bool,
     restart: bool,
     as_json: bool,
@@ -57,6 +67,8 @@ def ingest(
         segment_tokens=segment_tokens,
         window=window,
         kv_dtype=kv_dtype,
+        prefill=prefill,
+        prefill_budget=prefill_budget,
         replace=replace,
         restart=restart,
     )

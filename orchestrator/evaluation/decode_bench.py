@@ -41,7 +41,7 @@ class DecodeTiming:
     num_tokens: int
     kv_dtype: str
     keys_per_cluster: int
-    clusters_per_group: int
+    clusters_per_group: int | None
     num_questions: int
     num_documents: int
     build_s: float
@@ -77,7 +77,8 @@ def measure_decode(
     num_documents: on which the questions are, in turn; each is a document of its own in memory;
     kv_dtype: as in `IngestOptions`.
     """
-    clusters, began = clusters or CentroidParams(), time.perf_counter()
+    began = time.perf_counter()
+    clusters = (clusters or CentroidParams()).for_document(num_tokens)
     contexts = [
         synthetic_context(
             model.cfg,

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparse_attn.folds import NUM_FOLDS, Runs
 from sparse_attn.kernels.decode import DecodeDocument
 from sparse_attn.select.centroid import CentroidIndex, Units
+from sparse_attn.select.centroid_build import LEAST_PER_GROUP, CentroidParams
 
 SEGMENT_TOKENS = 8192
 # Rows that statistics are gathered from at a time.
@@ -23,8 +24,8 @@ _ROWS = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
-    """A document of whole segments. keys_per_cluster, clusters_per_group: mean sizes; num_steady:
-    capacity of the steady keys.
+    """A document of whole segments. keys_per_cluster, clusters_per_group: mean sizes, None as
+    `CentroidParams.for_document` has them; num_steady: capacity of the steady keys.
     """
 
     num_tokens: int
@@ -32,8 +33,14 @@ class LayerShape:
     head_dim: int = 128
     segment_tokens: int = SEGMENT_TOKENS
     keys_per_cluster: int = 8
-    clusters_per_group: int = 32
+    clusters_per_group: int | None = None
     num_steady: int = 256
+
+    @property
+    def group_size(self) -> int:
+        """Clusters of a group."""
+        params = CentroidParams(clusters_per_group=self.clusters_per_group)
+        return params.for_document(self.num_tokens).clusters_per_group or LEAST_PER_GROUP
 
     @property
     def num_segments(self) -> int:
@@ -82,7 +89,7 @@ def _cut(shape: LayerShape, seed: int) -> _Cuts:
         drawn = int(torch.randint(1, 2 * shape.keys_per_cluster, (1,), generator=generator))
         sizes.append(min(drawn, left))
         left -= sizes[-1]
-    pieces = torch.split(torch.ones(len(sizes), dtype=torch.int64), shape.clusters_per_group)
+    pieces = torch.split(torch.ones(len(sizes), dtype=torch.int64), shape.group_size)
     return _Cuts(sizes=torch.tensor(sizes), counts=torch.tensor([len(piece) for piece in pieces]))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 # A store's rule (`kv_store.paths`), which brings torch; a test holds the two together.
 DocumentName = Annotated[
@@ -18,6 +18,16 @@ DocumentName = Annotated[
 DocumentState = Literal["complete", "incomplete", "ingesting", "failed", "damaged"]
 ServiceStatus = Literal["ok", "draining", "broken"]
 MAX_SYSTEM_CHARS = 1 << 15
+
+
+def _keys_or_share(value: object) -> object:
+    is_one = isinstance(value, int | str) and not isinstance(value, bool) and len(str(value)) <= 24
+    if not is_one:
+        raise ValueError("a budget is a number of keys or a share such as '12.5%'; give one")
+    return value
+
+
+Budget = Annotated[int | str, BeforeValidator(_keys_or_share)]
 
 
 class Request(BaseModel):
@@ -38,6 +48,8 @@ class IngestSettings(Request):
     segment_tokens: Annotated[int, Field(ge=256, le=1 << 20, multiple_of=256)] = 8192
     window: Annotated[int, Field(ge=1, le=1 << 16)] = 64
     kv_dtype: Literal["float32", "bfloat16", "fp8"] | None = None
+    prefill: Literal["exact", "sparse"] = "exact"
+    prefill_budget: Budget | None = None
     system: Annotated[str, Field(min_length=1, max_length=MAX_SYSTEM_CHARS)] | None = None
     replace: bool = False
     restart: bool = False

@@ -19,7 +19,7 @@ from pydantic import (
     StringConstraints,
 )
 
-from orchestrator.serving.wire import DocumentName, Reply, Request
+from orchestrator.serving.wire import Budget, DocumentName, Reply, Request
 from orchestrator.types import Mode
 
 MAX_ANSWER_TOKENS = 1 << 20
@@ -73,13 +73,6 @@ def _join_text_parts(value: object) -> object:
     return "".join(part["text"] for part in value)
 
 
-def _keys_or_share(value: object) -> object:
-    is_one = isinstance(value, int | str) and not isinstance(value, bool) and len(str(value)) <= 24
-    if value is not None and not is_one:
-        raise ValueError("a budget is a number of keys or a share such as '12.5%'; give one")
-    return value
-
-
 class Message(Request):
     """The question (role user), or an instruction that goes before it (role system)."""
 
@@ -96,7 +89,7 @@ class SelectionRequest(Request):
     """How the document is read; the fields of `ask --mode --budget --mass`."""
 
     mode: Mode = "auto"
-    budget: Annotated[int | str | None, BeforeValidator(_keys_or_share)] = None
+    budget: Budget | None = None
     mass: Annotated[float, Field(gt=0, le=1)] | None = None
 
 

@@ -1,8 +1,9 @@
 """The `triton` backend: plans for the steps of a question on one GPU.
 
 Owns what a question's attention is made of where one rank holds the whole document: `plan_dense`
-and `plan_selected`. What has no plan (prefill of a document, several ranks) is computed as the
-torch backend does it, as the README and `docs/kernels.md` say.
+and `plan_selected`; a sparse ingest's blocks are chosen and read by `prefill.py`. What has neither
+(dense attention of an ingest, several ranks) is computed as the torch backend does it, as the
+README and `docs/kernels.md` say.
 """
 
 from __future__ import annotations
@@ -18,25 +19,33 @@ from torch import Tensor
 from sparse_attn import torch_backend
 from sparse_attn.composed import Composed
 from sparse_attn.errors import BackendUnknown
-from sparse_attn.kernels import layer
+from sparse_attn.kernels import layer, prefill
 from sparse_attn.kernels.decode import DecodeDocument, DenseDecode, Heads
 from sparse_attn.kernels.selected import CentroidDecode
 from sparse_attn.kernels.tables import Tables, join_tables, tables_of
 from sparse_attn.select.base import Limit
 from sparse_attn.select.centroid import Units
+from sparse_attn.state import Part
 
 # Of every small product: bits of a column must not depend on how many others the caller has.
 _TILE = layer.TILES[32]
+# Of dense prefill kernels: a query tile.
+_MIN_DENSE_TOKENS = 64
 
 
 class TritonBackend(Composed):
-    """Kernels where a question spends its time on a GPU."""
+    """Kernels where a question spends its time on a GPU.
+
+    dense_kernels: whether dense attention of an ingest's chunks is `prefill.py`'s too, and not
+    torch's flash operator; row C5 measures both, `--dense kernels` of row C6 tries it.
+    """
 
     makes_plans = True
+    dense_kernels = False
 
     def __init__(self) -> None:
         """Raises BackendUnknown where nothing here can run a kernel."""
-        super().__init__(torch_backend)
+        super().__init__(torch_backend, prefill)
         self._tables: WeakKeyDictionary[Units, Tables] = WeakKeyDictionary()
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             raise BackendUnknown(
@@ -47,6 +56,22 @@ class TritonBackend(Composed):
     def fused_for(self, dtype: torch.dtype) -> Any:
         """`kernels.layer` on a GPU for half types; float32 is for comparing, and torch's."""
         return layer if torch.cuda.is_available() and dtype != torch.float32 else None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None
+    ) -> Part:
+        if mask is None and self._has_dense(q):
+            return prefill.attend_dense(q, k, v, scale=scale)
+        return super().attend(q, k, v, scale=scale, mask=mask)
+
+    def attend_causal(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Part:
+        if self._has_dense(q):
+            return prefill.attend_causal(q, k, v, scale=scale)
+        return super().attend_causal(q, k, v, scale=scale)
+
+    def _has_dense(self, q: Tensor) -> bool:
+        """Whether kernels are wanted, and there are as many queries as they are made for."""
+        return self.dense_kernels and q.shape[0] >= _MIN_DENSE_TOKENS
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not _is_small(x, weight):

@@ -16,11 +16,11 @@ import torch
 import triton
 from torch import Tensor
 
+from sparse_attn.blocks import BlockSelection, BlockUnits, take_best
 from sparse_attn.errors import ShapeMismatch
 from sparse_attn.kernels.prefill_checks import check_budget, check_lists, check_tensors, check_tile
 from sparse_attn.kernels.prefill_dense import attend_dense_kernel
 from sparse_attn.kernels.prefill_launch import Launch, fitted, launches, padded, pairs_per_item
-from sparse_attn.kernels.prefill_lists import BlockSelection, BlockUnits, take_best
 from sparse_attn.kernels.prefill_select import greatest_shares_kernel
 from sparse_attn.kernels.prefill_sparse import (
     attend_lists_kernel,
@@ -60,13 +60,14 @@ def select_blocks(
     budget_keys: int,
     tile_tokens: int,
     scale: float,
+    num_always: int = 0,
     max_scratch_bytes: int = _SCRATCH_BYTES,
 ) -> BlockSelection:
     """The blocks that each tile of q [T, H, D] and KV head reads.
 
     A block's score is the greatest share of attention that any query and head of the tile is
-    estimated to give it; the best are taken until the next exceeds `budget_keys`, equal scores by
-    lowest block.
+    estimated to give it; the first `num_always` blocks (sinks) and then the best are taken until
+    the next exceeds `budget_keys`, equal scores by lowest block.
     """
     num_tokens, num_heads, _ = q.shape
     num_kv_heads, num_units, _ = units.keys.shape
@@ -86,6 +87,7 @@ def select_blocks(
             _greatest_shares(q[start : start + tiles * tile_tokens], units, tile_tokens, scale),
             budget_keys=budget_keys,
             units=units,
+            num_always=num_always,
         )
         for start in range(0, num_tokens, tiles * tile_tokens)
     ]
@@ -107,7 +109,8 @@ def attend_blocks(
     """Attention of q [T, H, D] over the selected blocks of k, v [G, S, D].
 
     tail: the statistics of the same keys; every block that is not read is then one term of the same
-    softmax, so that the part covers all S keys. order: which loop is outside.
+    softmax, its mean value at its mean key's score, so that the part covers all S keys. order:
+    which loop is outside.
     """
     check_tensors(q, k, v, scale)
     check_lists(q, k.shape[0], k.shape[1], selection, tail)
@@ -166,7 +169,7 @@ def _attend_lists(
     rows = selection.tile_tokens * per_group
     shape = fitted(launch or launches(head_dim).lists, rows=rows, block=block)
     part = _new_part(q)
-    tables = (q, q, q) if tail is None else (tail.keys, tail.variances, tail.values)
+    tables = (q, q) if tail is None else (tail.keys, tail.values)
     flags = selection.blocks if tail is None else selection.flags(num_units)
     attend_lists_kernel[(num_tiles * triton.cdiv(rows, shape.block_m), num_kv_heads)](
         q, k, v, selection.blocks, selection.counts, *tables, flags, *part, scale,

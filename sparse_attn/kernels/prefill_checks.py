@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from sparse_attn.blocks import BlockSelection, BlockUnits
 from sparse_attn.errors import AttentionError, InvalidBudget, ShapeMismatch
-from sparse_attn.kernels.prefill_lists import BlockSelection, BlockUnits
 
 HEAD_DIMS = (64, 128, 256)
 BLOCKS = (64, 128)

@@ -1,8 +1,9 @@
 """Estimated mass of blocks for tiles of queries: what to read, and what the rest amounts to.
 
 Owns the second-order estimate of `select/centroid.py` by tiles of rows, the greatest share that any
-query of a tile gives a block, and the terms of blocks that are not read. Scores are computed again
-in each pass and never stored.
+query of a tile gives a block, and the terms of blocks that are not read: those leave the spread
+out, which over a hundred keys of a real model overstates them (`docs/log.md`), and are never above
+the mass of the block. Scores are computed again in each pass and never stored.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ def squares_of(x, scale):
 
 
 @triton.jit
+def log2_sizes(unit, num_slots, BLOCK: tl.constexpr):
+    """log2 of the slots of each unit, 0 where there is none."""
+    return tl.log2(tl.minimum(BLOCK, tl.maximum(num_slots - unit * BLOCK, 1)).to(tl.float32))
+
+
+@triton.jit
 def score_units_tile(
     x, squares, keys, variances, first, num_units, num_slots, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_U: tl.constexpr,
@@ -37,7 +44,7 @@ def score_units_tile(
     place = unit[:, None] * D + tl.arange(0, D)[None, :]
     c = tl.load(keys + place, mask=is_unit[:, None], other=0.0)
     var = tl.load(variances + place, mask=is_unit[:, None], other=0.0)
-    log2_size = tl.log2(tl.minimum(BLOCK, tl.maximum(num_slots - unit * BLOCK, 1)).to(tl.float32))
+    log2_size = log2_sizes(unit, num_slots, BLOCK)
     critical = tl.sqrt(log2_size * (2.0 * LN_2))
     # Products of what is not negative: nothing below zero reaches the root.
     sigma = tl.sqrt(tl.dot(squares, tl.trans(var), input_precision="ieee"))
@@ -50,21 +57,20 @@ def score_units_tile(
 
 @triton.jit
 def attend_unread_units(
-    x, keys, variances, values, flags, num_units, num_slots, scale, high, total, out,
+    x, keys, values, flags, num_units, num_slots, scale, high, total, out,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """One term for each unit of a KV head whose flag is 0, with its mean value."""
-    squares = squares_of(x, scale)
+    """One term for each unit of a KV head whose flag is 0: n exp(s q.c), with its mean value."""
     for first in tl.range(0, num_units, BLOCK_U, num_stages=2):
-        mass = score_units_tile(
-            x, squares, keys, variances, first, num_units, num_slots, scale, D, BLOCK, BLOCK_U
-        )
         unit = first + tl.arange(0, BLOCK_U)
         is_unit = unit < num_units
         is_read = tl.load(flags + unit, mask=is_unit, other=1) != 0
-        mass = tl.where(is_read[None, :], -float("inf"), mass)
         place = unit[:, None] * D + tl.arange(0, D)[None, :]
+        c = tl.load(keys + place, mask=is_unit[:, None], other=0.0)
         value = tl.load(values + place, mask=is_unit[:, None], other=0.0)
+        mass = tl.dot(x, tl.trans(c), input_precision="ieee") * (scale * LOG2_E)
+        mass += log2_sizes(unit, num_slots, BLOCK)[None, :]
+        mass = tl.where(is_read[None, :], -float("inf"), mass)
         high, total, out = softmax_step(mass, 1.0, value, high, total, out)
     return high, total, out
 

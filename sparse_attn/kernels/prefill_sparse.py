@@ -37,7 +37,7 @@ def rows_of_tile(program, num_tokens, ROWS: tl.constexpr, P: tl.constexpr, BLOCK
 
 @triton.jit
 def attend_lists_kernel(
-    q, k, v, blocks, counts, unit_keys, unit_variances, unit_values, flags, part_out, part_lse,
+    q, k, v, blocks, counts, unit_keys, unit_values, flags, part_out, part_lse,
     scale, num_tokens, num_slots, num_units, width, stride_qt, stride_kg, stride_vg,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     READS: tl.constexpr, HAS_SHORT: tl.constexpr, HAS_TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -49,7 +49,7 @@ def attend_lists_kernel(
     Grid: (tiles, and blocks of BLOCK_M rows in each, G). blocks [N, G, width] rising: only the
     document's last block may be short, so it comes last (HAS_SHORT) and is the only one masked;
     rows beyond the tile or the last token are computed and not stored. Reads 2 D elements of each
-    slot of its blocks and 3 D of each unit.
+    slot of its blocks and of each unit.
     """
     g = tl.program_id(1)
     tile, _, rows, is_row = rows_of_tile(tl.program_id(0), num_tokens, TILE * P, P, BLOCK_M)
@@ -61,7 +61,7 @@ def attend_lists_kernel(
     if HAS_TAIL:
         own = g.to(tl.int64) * num_units * D
         high, total, out = attend_unread_units(
-            x, unit_keys + own, unit_variances + own, unit_values + own,
+            x, unit_keys + own, unit_values + own,
             flags + of_list * num_units, num_units, num_slots, scale, high, total, out,
             D, BLOCK, BLOCK_U,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from sparse_attn import torch_backend
+from sparse_attn import torch_backend, torch_prefill
 from sparse_attn.composed import Composed
 from sparse_attn.estimate import MAX_LOG_RATIO, UNIFORM_SHARE, Missed
 from sparse_attn.folds import Kept, Runs
@@ -31,7 +31,7 @@ class NativeBackend(Composed):
     """Kernels of `kernels.c` where a question spends its time."""
 
     def __init__(self) -> None:
-        super().__init__(torch_backend)
+        super().__init__(torch_backend, torch_prefill)
         library.load()  # what is missing is said now, not in the middle of a question
         self._units: WeakKeyDictionary[Units, UnitsOf] = WeakKeyDictionary()
         self._runs: WeakKeyDictionary[Runs, RunsOf] = WeakKeyDictionary()

@@ -11,7 +11,7 @@ definition, in torch; `centroid_device.py` does the same with kernels on a GPU.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,9 @@ _MAX_HALF = torch.finfo(torch.float16).max
 # holds, and on a GPU what fills it. Problems are clustered in batches of that size.
 MAX_DISTANCE_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}
 
+# Clusters of a group up to so many tokens.
+LEAST_PER_GROUP, GROUPED_TOKENS = 8, 8192
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CentroidParams:
@@ -32,15 +35,24 @@ class CentroidParams:
 
     keys_per_cluster: mean size asked for; iterations: of k-means; max_cluster_ratio: a cluster
     above this many times the mean size is split; clusters_per_group: mean size of a group of the
-    two-level look-up.
+    two-level look-up, None to go by the document's length (`for_document`).
     """
 
     keys_per_cluster: int = 4
     iterations: int = 5
     max_cluster_ratio: int = 4
-    clusters_per_group: int = 8
+    clusters_per_group: int | None = None
 
-    def to_dict(self) -> dict[str, int]:
+    def for_document(self, num_tokens: int) -> CentroidParams:
+        """These, with a size of groups: 8 clusters up to 8,192 tokens, then as the root of the
+        length, so that a document 8 times as long has 2.8 times as many groups.
+        """
+        if self.clusters_per_group is not None:
+            return self
+        size = LEAST_PER_GROUP * math.sqrt(max(1.0, num_tokens / GROUPED_TOKENS))
+        return replace(self, clusters_per_group=round(size))
+
+    def to_dict(self) -> dict[str, int | None]:
         """Plain values for the manifest."""
         return asdict(self)
 
@@ -58,7 +70,7 @@ class CentroidParams:
 
     def num_groups(self, num_clusters: int) -> int:
         """Groups of the two-level look-up."""
-        return max(1, num_clusters // self.clusters_per_group)
+        return max(1, num_clusters // (self.clusters_per_group or LEAST_PER_GROUP))
 
 
 class _Stats(NamedTuple):

@@ -15,6 +15,7 @@ from kv_store import (
     Store,
     StoreFull,
     StoreNotWritable,
+    segments,
 )
 from tests.kv_store.tiny import NAME, ingest, make_input
 
@@ -34,7 +35,11 @@ def file_size_limit(limit_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_a_document_that_can_be_resumed(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("small_bytes", [0, segments._SMALL_BYTES], ids=["threads", "one by one"])
+def test_a_full_disk_leaves_a_document_that_can_be_resumed(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_bytes: int
+) -> None:
+    monkeypatch.setattr(segments, "_SMALL_BYTES", small_bytes)
     given = make_input()
     finished = make_input(salt=3)
     other = store.begin("done", given.params, given.text, given.token_ids, given.spans)

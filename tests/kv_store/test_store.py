@@ -15,8 +15,9 @@ from kv_store import (
     InvalidName,
     InvalidSegment,
     Store,
+    segments,
 )
-from tests.kv_store.tiny import NAME, Input, ingest, make_input
+from tests.kv_store.tiny import NAME, Input, document_files, ingest, make_input
 
 
 @pytest.fixture
@@ -183,6 +184,18 @@ def test_a_changed_tensor_changes_the_hash(store: Store, tmp_path: Path) -> None
                 writer.append_segment(segment_idx, heads)
             hashes.add(writer.finish())
     assert len(hashes) == 1 + len(given.segment(0)[0])
+
+
+def test_several_writers_leave_the_bytes_of_one(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, other = make_input(num_kv_heads=5), Store(tmp_path / "other")
+    alone = ingest(store, given)
+    monkeypatch.setattr(segments, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(segments, "_MAX_WRITERS", 3)
+    assert ingest(other, given) == alone
+    ours, theirs = ([p.read_bytes() for p in document_files(s.root)] for s in (store, other))
+    assert ours == theirs
 
 
 def test_finish_refuses_a_document_with_holes(store: Store) -> None:

@@ -78,6 +78,7 @@ CASES: dict[str, Callable[[], PreTrainedConfig]] = {
         rope_parameters=_LINEAR, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
     ),
     "llama-llama3-one-kv-head": lambda: _llama(rope_parameters=_LLAMA3, num_key_value_heads=1),
+    "llama-heads-of-64": lambda: _llama(head_dim=64),
     "llama-yarn-wide-heads": lambda: _llama(rope_parameters=_YARN, head_dim=16),
     "llama-yarn-mscale": lambda: _llama(
         rope_parameters={**_YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}

@@ -54,7 +54,7 @@ def _lists(
         **_QKV,
         "blocks": _INT,
         "counts": _INT,
-        **dict.fromkeys(("unit_keys", "unit_variances", "unit_values"), _HALF),
+        **dict.fromkeys(("unit_keys", "unit_values"), _HALF),
         "flags": _BYTE if has_tail else _INT,
         **_PART,
         "scale": "fp32",

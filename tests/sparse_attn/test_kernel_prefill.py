@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from sparse_attn import reference_prefill as twin
-from sparse_attn.errors import AttentionError, InvalidBudget, ShapeMismatch
-from sparse_attn.kernels import prefill
-from sparse_attn.kernels.prefill_lists import (
+from sparse_attn.blocks import (
     BlockSelection,
     BlockUnits,
     block_units,
 )
+from sparse_attn.errors import AttentionError, InvalidBudget, ShapeMismatch
+from sparse_attn.kernels import prefill
 from sparse_attn.state import Part, merge_parts
 
 BLOCK = 64
