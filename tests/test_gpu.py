@@ -12,10 +12,15 @@ import torch
 
 from orchestrator.answering import Session
 from orchestrator.engine import Engine
+from orchestrator.evaluation.synthetic import synthetic_context
 from orchestrator.ingest import IngestOptions
-from orchestrator.steps import Forward, ForwardEach
+from orchestrator.model.attention import make_attention
+from orchestrator.model.recorder import Recorder
+from orchestrator.model.shapes import shape_config
+from orchestrator.steps import AttentionPlan, Forward, ForwardEach
 from orchestrator.types import Answer, AskOptions, Mode, Sampling
 from sparse_attn import reference, torch_backend
+from sparse_attn.api import find_backend
 from tests.sparse_attn.inputs import SCALE, random_qkv
 from tests.tiny_model import QUESTION, SEGMENT_TOKENS, TEXT, save_tiny_model
 
@@ -188,3 +193,44 @@ def test_attention_on_the_gpu_is_the_definition(dtype: torch.dtype, num_tokens: 
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(ours.out, expected.out, atol=tolerance, rtol=0)
     torch.testing.assert_close(ours.lse, expected.lse, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("plan", [{"mode": "exact"}, {"mode": "centroid", "keys": 10**6}], ids=str)
+def test_plans_read_a_body_in_fp8_as_its_numbers(plan: dict[str, Any]) -> None:
+    cfg = shape_config("shape:llama-3.1-8b@1")
+    context = synthetic_context(
+        cfg,
+        num_tokens=20_000,
+        segment_tokens=8192,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+        kv_dtype="fp8",
+    )
+    own = AttentionPlan(**plan)
+    attention = make_attention(
+        context,
+        own,
+        find_backend("triton"),
+        Recorder(context.resident, context.place, recall_period=own.recall_period),
+        scale=cfg.attention_scale,
+        windows=cfg.windows,
+        capacity_tokens=4,
+    )
+    generator = torch.Generator("cuda").manual_seed(5)
+    q, k, v = (
+        torch.randn(1, heads, cfg.head_dim, generator=generator, device="cuda").bfloat16()
+        for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
+    )
+    with torch.inference_mode():
+        found = attention(0, q, k, v).float()
+    keys, values = (
+        torch.stack(
+            [
+                torch.cat([context.resident.wide_head(name, 0, g, 20_000), new[0, g : g + 1]])
+                for g in range(cfg.num_kv_heads)
+            ]
+        ).float()
+        for name, new in (("k", k), ("v", v))
+    )
+    expected = reference.attend(q.float(), keys, values, scale=cfg.attention_scale).out
+    assert float((found - expected).norm() / expected.norm()) < 2e-2

@@ -122,6 +122,19 @@ def test_a_document_of_any_mesh_opens_under_any_other(
         torch.testing.assert_close(got, case.one_rank("exact", "native"), atol=1e-4, rtol=0)
 
 
+def test_a_document_in_fp8_keeps_every_promise(case: Case) -> None:
+    """The same bits under any mesh, of documents that one rank and two ranks ingested."""
+    modes = ("exact", "two levels")
+    for made_by in ("1x1", "1x2"):
+        name = f"fp8-of-{made_by}"
+        run_mesh(made_by, case.model, case.store, ingest(name, kv_dtype="fp8"))
+        for mode in modes:
+            work = trace(name, AskOptions(**MODES[mode]))
+            one, four = (run_mesh(mesh, case.model, case.store, work) for mesh in ("1x1", "1x4"))
+            assert torch.equal(one, four)
+            assert not torch.equal(one, case.one_rank(mode, "native"))  # other bytes were read
+
+
 def test_an_ingest_that_stopped_goes_on_under_its_mesh_with_the_same_bits(
     case: Case, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from sparse_attn.errors import AttentionError
 from sparse_attn.kernels import selected
 from sparse_attn.kernels.decode import Attended, DecodeDocument
 from sparse_attn.select.base import Limit
+from sparse_attn.state import Part
 from sparse_attn.stored import FP8
 from tests.sparse_attn.decoding import (
     BACKEND,
@@ -83,6 +84,30 @@ def test_dense(kind: Kind, head_dim: int, factor: float) -> None:
     found = run(plan_of([case]), case)
     expected = reference.attend(case.q.float(), *keys_of(case), scale=SCALE)
     assert_near(found, expected, case)
+
+
+@pytest.mark.parametrize("factor", [1.0, 30.0, 1e-6], ids=str)
+@pytest.mark.parametrize("limit", [None, Limit(keys=10)], ids=str)
+def test_products_of_halves(
+    limit: Limit | None, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, whose streams are of half types, as the interpreter does it in float16."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    monkeypatch.setattr(selected, "_PROGRAMS", 4)
+    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
+    case, _ = cases(Kind(device="cpu", dtype=torch.float16, out=2e-3, lse=1e-3))
+    case = replace(case, q=case.q * factor)
+    found = run(plan_of([case], limit), case)
+    if limit is None:
+        keys = (x.float() for x in keys_of(case))
+        assert_near(found, reference.attend(case.q.float(), *keys, scale=SCALE), case)
+        return
+    numbers = replace(case, document=numbers_of(case))
+    expected = run(plan_of([numbers], limit), numbers)
+    own = Part(expected.out[0].float(), expected.lse[0])
+    assert_near(found, own, case)
+    torch.testing.assert_close(found.lse_read, expected.lse_read, atol=1e-3, rtol=1e-4)
 
 
 def test_dense_is_near_what_the_body_was_made_of(kind: Kind) -> None:
