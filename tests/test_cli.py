@@ -215,6 +215,20 @@ def test_ingest_says_what_it_did(cli: Cli, tmp_path: Path) -> None:
     assert first["document_hash"] not in replaced
 
 
+def test_a_sparse_ingest_is_another_document(cli: Cli, folder: Path) -> None:
+    path = str(folder / f"{NAME}.txt")
+    common = (path, "--name", "sparse", "--segment-tokens", str(SEGMENT_TOKENS), *cli.common())
+    asked = ("--prefill", "sparse", "--prefill-budget", "25%")
+    report = json.loads(cli.ok("ingest", *common, *asked, "--json"))
+    assert report["prefill"] == "sparse"
+    code, _, said = cli.run("ingest", *common)
+    assert code != 0
+    assert "prefill 'sparse budget=25%" in said
+    code, _, said = cli.run("ingest", *common, "--prefill-budget", "25%")
+    assert (code, "give prefill sparse too" in said) == (2, True)
+    assert cli.docs("rm", "sparse")[0] == 0
+
+
 def test_ingest_of_standard_input(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,8 +140,8 @@ def test_kernels_read_as_torch_does_on_a_gpu(num_before: int) -> None:
         for name in ("triton", "torch")
     )
     # Rounded scores may swap a block for its neighbour in rank; the tail then stands for it.
-    assert float((ours.out - theirs.out).abs().mean()) < 2e-2
-    assert float((ours.lse - theirs.lse).abs().mean()) < 2e-2
+    assert float((ours.out - theirs.out).abs().mean()) < 6e-2
+    assert float((ours.lse - theirs.lse).abs().mean()) < 6e-2
 
 
 def ingest(name: str, **options: Any) -> Callable[[Engine], str]:

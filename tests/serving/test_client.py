@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -69,7 +70,10 @@ def test_the_verbs_are_the_engines(
     told: list[IngestProgress] = []
     with Client(server.url) as client:
         assert client.models() == [MODEL]
-        report = client.ingest(file, segment_tokens=1024, replace=True, on_progress=told.append)
+        sparse: dict[str, Any] = {"prefill": "sparse", "prefill_budget": 2048}
+        report = client.ingest(
+            file, segment_tokens=1024, replace=True, on_progress=told.append, **sparse
+        )
         assert report == IngestReport.model_validate(make_report("letters"))
         assert told[-1].done_tokens == 70
         assert [document.name for document in client.docs()] == [NAME, "letters"]
@@ -77,7 +81,8 @@ def test_the_verbs_are_the_engines(
         client.remove("letters")
         assert [document.state for document in client.docs()] == ["complete"]
         health = client.health()
-    assert engine.ingested[0]["options"] == IngestOptions(segment_tokens=1024, replace=True)
+    wanted = IngestOptions(segment_tokens=1024, replace=True, **sparse)
+    assert engine.ingested[0]["options"] == wanted
     assert (health.status, len(health.ranks)) == ("ok", 2)
 
 

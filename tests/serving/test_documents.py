@@ -117,6 +117,8 @@ def test_text_and_forms_are_uploads_too(service: TestClient, engine: FakeEngine)
         ("options.segment_tokens", {"options": {"segment_tokens": 1 << 30}}),
         ("options.window", {"options": {"window": 0}}),
         ("options.kv_dtype", {"options": {"kv_dtype": "float8"}}),
+        ("options.prefill", {"options": {"prefill": "dense"}}),
+        ("options.prefill_budget", {"options": {"prefill": "sparse", "prefill_budget": True}}),
         ("options.url", {"options": {"url": "http://elsewhere"}}),
     ],
 )
