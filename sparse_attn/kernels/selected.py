@@ -250,8 +250,7 @@ class CentroidDecode:
 
     def _unread_first(self, layer: int) -> Tensor:
         """The units that are looked at first, as `sample_kernel` takes them."""
-        first = self._first
-        mass = self._each(self._mass)
+        first, mass = self._first, self._each(self._mass)
         return torch.stack(
             [
                 mass,
@@ -260,18 +259,16 @@ class CentroidDecode:
                 self._each(first.counts),
                 torch.full_like(mass, self._width),
                 torch.zeros_like(mass),
-                *self._units_of(layer, of_groups=self._is_deep),
+                *self._units_of(layer, "groups" if self._is_deep else "clusters"),
             ],
             dim=1,
         )
 
-    def _units_of(self, layer: int, *, of_groups: bool) -> tuple[Tensor, Tensor]:
+    def _units_of(self, layer: int, kind: str) -> list[Tensor]:
         """Addresses of each problem's centroids and radii, of one query a document."""
-        indexes = [document.indexes[layer] for document in self._kept]
-        units = [index.groups if of_groups else index.clusters for index in indexes]
-        tables = [u.centroids for u in units], [u.radii for u in units]
-        centroids, radii = (torch.cat([rows_of(x) for x in own]) for own in tables)
-        return centroids, radii
+        units = [getattr(document.indexes[layer], kind) for document in self._kept]
+        names = ("centroids", "radii")
+        return [torch.cat([rows_of(getattr(u, name)) for u in units]) for name in names]
 
     def _unread_opened(self, layer: int) -> Tensor:
         """The clusters of opened groups, as `sample_kernel` takes them."""
@@ -284,7 +281,7 @@ class CentroidDecode:
                 self._each(self.packed_bounds[layer, :, 8:]),
                 torch.full_like(mass, self._packed),
                 self._each(self._members[0]),
-                *self._units_of(layer, of_groups=False),
+                *self._units_of(layer, "clusters"),
             ],
             dim=1,
         )
