@@ -108,9 +108,9 @@ class CentroidDecode:
         self.slots, self.slot_bounds = ints(z, self.capacity), ints(num_layers, z, 9)
         self._scores = floats(z, p, self.capacity if self._keeps else 1)
         self._width = first.max_units
-        # Columns without a unit are never written.
+        # Columns without a unit, and tiles that a head does not have, are never written.
         self._mass = floats(z, p, self._width).fill_(-float("inf"))
-        self._tile_lse = floats(z, max(1, first.max_tiles), p)
+        self._tile_lse = floats(z, max(1, first.max_tiles), p).fill_(-float("inf"))
         self._packed = _least(self._clusters.max_units, opening.keys) if self._is_deep else 1
         self._members = ints(3, z, self._packed)
         self._packed_mass = floats(z, p, self._packed).fill_(-float("inf"))
