@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from sparse_attn.kernels.common import LOWEST, address, log_add, log_sum, rows_at
+from sparse_attn.kernels.score import LOW, load_queries, product
 
 # Columns of a list of units: addresses of log masses [P, width], sizes and first slots [n] int32,
 # units, width; and what the bound goes by: addresses of columns [n] int32 in the tables (0 where
@@ -77,11 +78,12 @@ def random_pair(seed, query, layer, head, DRAWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["layer"])
 def sample_kernel(
-    q, documents, lists, seeds, visible, layer, chosen, lse_read, mean, variance, scale,
+    q, documents, lists, seeds, visible, layer, chosen, lse_read, most, mean, variance, log_most,
+    scale,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, STORED: tl.constexpr,
     NUM_LISTS: tl.constexpr,
-    DRAWS: tl.constexpr, TILE: tl.constexpr, UNIFORM: tl.constexpr, MAX_RATIO: tl.constexpr,
-    IS_SCALED: tl.constexpr,
+    DRAWS: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr,
+    UNIFORM: tl.constexpr, MAX_RATIO: tl.constexpr, IS_SCALED: tl.constexpr,
 ):  # fmt: skip
     """Mass of the unread keys over lse_read, estimated from DRAWS of them, two a stratum.
 
@@ -89,8 +91,9 @@ def sample_kernel(
     STORED, of values, and, where IS_SCALED, of what a head's are multiplied by, [G, 2]; lists:
     int64 [Z, NUM_LISTS, 8]; seeds, visible: int64 [B], whose random numbers are drawn, and of which
     query: how many steady keys it sees; chosen: int32 [B], which documents' queries are sampled,
-    None for all. Writes mean and variance [Z, P] of those; zero where no key is unread. Reads each
-    list three times and DRAWS keys.
+    None for all; most [Z, SPLITS, P], what `bound_kernel` wrote. Writes mean and variance [Z, P] of
+    those, zero where no key is unread, and log_most [Z, P], -inf there. Reads each list three times
+    and DRAWS keys.
     """
     p = tl.program_id(0)
     z = tl.program_id(1)
@@ -100,7 +103,7 @@ def sample_kernel(
             return
     keys = address(documents + document * 3, STORED)
     own = lists + z * NUM_LISTS * 8
-    log_total, num_keys, whole = totals_of(own, p, NUM_LISTS, TILE, UNIFORM)
+    log_total, num_keys, whole = totals_of(own, p, NUM_LISTS, WIDE, UNIFORM)
     draw = tl.arange(0, DRAWS)
     row = z * P + p
     within, inside = random_pair(
@@ -141,51 +144,55 @@ def sample_kernel(
     a, b = tl.split(tl.reshape(ratio, (DRAWS // 2, 2)))
     tl.store(mean + row, tl.sum(a + b, 0) / DRAWS)
     tl.store(variance + row, tl.sum((a - b) * (a - b), 0) / (DRAWS * DRAWS))
+    parts = tl.load(most + (z * SPLITS + tl.arange(0, SPLITS)) * P + p)
+    tl.store(log_most + row, log_sum(parts, 0))
 
 
 @triton.jit
 def bound_kernel(
-    q, lists, chosen, log_most, scale,
+    q, lists, chosen, most, scale,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
     NUM_LISTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """log of the greatest mass that the unread keys can have: log n + s (q.c + |q| r), summed.
+    """log of the greatest mass that the unread keys can have: log n + s (q.c + |q| r), summed over
+    every SPLITS-th tile of units.
 
-    Grid: (Z). lists, chosen as in `sample_kernel`. Writes log_most [Z, P], -inf where no key is
-    unread. Reads 2 D bytes of each unit.
+    Grid: (SPLITS, Z). lists, chosen as in `sample_kernel`. Writes most [Z, SPLITS, P], -inf where
+    no key is unread. Reads 2 D bytes of each unit.
     """
-    z = tl.program_id(0)
+    split = tl.program_id(0)
+    z = tl.program_id(1)
     if chosen is not None:  # noqa: SIM102  (None is known when it is compiled)
         if tl.load(chosen + z // G) == 0:
             return
     head = tl.arange(0, BLOCK_R)
     is_head = head < P
-    columns = tl.arange(0, D)[None, :]
-    at = q + (z * P + head)[:, None] * D + columns
-    x = tl.load(at, mask=is_head[:, None], other=0.0).to(tl.float32)
-    reach = tl.sqrt(tl.sum(x * x, 1)) * scale
-    most = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+    high, low, _, _, factor = load_queries(q, z * P + head, is_head, scale, D)
+    x = high.to(tl.float32) + low.to(tl.float32) * (1.0 / LOW)
+    reach = tl.sqrt(tl.sum(x * x, 1)) * factor
+    own_most = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     for index in range(NUM_LISTS):
         entry = lists + (z * NUM_LISTS + index) * 8
         count = tl.load(address(entry + 3, tl.int32))
         width = tl.load(entry + 4)
         has_columns = tl.load(entry + 5) != 0
-        for start in range(0, count, TILE):
+        for start in range(split * TILE, count, tl.num_programs(0) * TILE):
             unit = start + tl.arange(0, TILE)
             is_unit = unit < count
             named = address(entry + 5, tl.int32) + unit
             column = tl.load(named, mask=is_unit & has_columns, other=0)
             column = tl.where(has_columns, column, unit)
             rows = rows_at(address(entry + 6, tl.float16), column, D)
-            c = tl.load(rows, mask=is_unit[:, None], other=0.0).to(tl.float32)
+            c = tl.load(rows, mask=is_unit[:, None], other=0.0)
             radii = tl.load(address(entry + 7, tl.float32) + column, mask=is_unit, other=0.0)
             sizes = tl.load(address(entry + 1, tl.int32) + unit, mask=is_unit, other=1)
-            linear = tl.dot(x, tl.trans(c), input_precision="ieee") * scale
-            linear += tl.log(tl.maximum(sizes, 1).to(tl.float32))[None, :]
-            mass_at = address(entry, tl.float32) + head[:, None] * width + unit[None, :]
-            is_own = is_head[:, None] & is_unit[None, :]
+            linear = product(c, high, low) * factor[None, :]
+            linear += tl.log(tl.maximum(sizes, 1).to(tl.float32))[:, None]
+            mass_at = address(entry, tl.float32) + head[None, :] * width + unit[:, None]
+            is_own = is_head[None, :] & is_unit[:, None]
             masses = tl.load(mass_at, mask=is_own, other=-float("inf"))
-            linear += reach[:, None] * radii[None, :]
+            linear += reach[None, :] * radii[:, None]
             linear = tl.where(masses > -float("inf"), linear, -float("inf"))
-            most = log_add(most, log_sum(linear, 1))
-    tl.store(log_most + z * P + head, most, mask=is_head)
+            own_most = log_add(own_most, log_sum(linear, 0))
+    at_most = most + (z * tl.num_programs(0) + split) * P + head
+    tl.store(at_most, own_most, mask=is_head)

@@ -13,7 +13,9 @@ from sparse_attn.errors import ShapeMismatch
 from sparse_attn.estimate import MAX_LOG_RATIO, UNIFORM_SHARE, Missed
 from sparse_attn.kernels.sample import bound_kernel, sample_kernel
 
-_TILE = 64
+# Units of a tile of the bound, and programs that share it; units drawn from, and summed, at once.
+_BOUND_TILE, _SPLITS = 64, 16
+_DRAWN, _WIDE = 128, 1024
 
 
 def sample_unread(
@@ -49,14 +51,16 @@ def sample_unread(
             "power of two; pass a seed for each query"
         )
     missed = out or Missed(*torch.empty(3, num_documents, num_heads, device=q.device))
-    sample_kernel[per_group, lists.shape[0]](
-        q, documents, lists, seeds, visible, layer, chosen, lse_read, *missed[:2], scale,
-        G=num_kv_heads, P=per_group, D=head_dim, STORED=kind, NUM_LISTS=lists.shape[1], DRAWS=draws,
-        TILE=_TILE, UNIFORM=UNIFORM_SHARE, MAX_RATIO=MAX_LOG_RATIO,
-        IS_SCALED=kind == tl.float8e4nv,
+    most = torch.empty(lists.shape[0], _SPLITS, per_group, device=q.device)
+    bound_kernel[_SPLITS, lists.shape[0]](
+        q, lists, chosen, most, scale, G=num_kv_heads, P=per_group, D=head_dim,
+        BLOCK_R=max(16, triton.next_power_of_2(per_group)), NUM_LISTS=lists.shape[1],
+        TILE=_BOUND_TILE,
     )  # fmt: skip
-    bound_kernel[(lists.shape[0],)](
-        q, lists, chosen, missed.log_most, scale, G=num_kv_heads, P=per_group, D=head_dim,
-        BLOCK_R=max(16, triton.next_power_of_2(per_group)), NUM_LISTS=lists.shape[1], TILE=_TILE,
+    sample_kernel[per_group, lists.shape[0]](
+        q, documents, lists, seeds, visible, layer, chosen, lse_read, most, *missed, scale,
+        G=num_kv_heads, P=per_group, D=head_dim, STORED=kind, NUM_LISTS=lists.shape[1], DRAWS=draws,
+        TILE=_DRAWN, WIDE=_WIDE, SPLITS=_SPLITS, UNIFORM=UNIFORM_SHARE, MAX_RATIO=MAX_LOG_RATIO,
+        IS_SCALED=kind == tl.float8e4nv, num_warps=8,
     )  # fmt: skip
     return missed

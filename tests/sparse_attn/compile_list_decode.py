@@ -230,27 +230,29 @@ def _merge(kv: str, head_dim: int, per_group: int, num_lists: int) -> Entry:
 def _missed(
     kv: str, head_dim: int, per_group: int, num_lists: int, stored: Any = None
 ) -> Iterator[Entry]:
-    shape = {**_shape(per_group, head_dim), "NUM_LISTS": num_lists, "TILE": tails._TILE}
+    shape = {**_shape(per_group, head_dim), "NUM_LISTS": num_lists}
     drawn = {
         "q": f"*{kv}",
         **_pointers(_LONG, "documents", "lists"),
         **_pointers(_LONG, "seeds", "visible"),
         "layer": "i32",
         "chosen": _INT,
-        **_pointers(_FLOAT, "lse_read", "mean", "variance"),
+        **_pointers(_FLOAT, "lse_read", "most", "mean", "variance", "log_most"),
         "scale": "fp32",
     }
     constants = {"STORED": stored or _KV[kv], "DRAWS": 64, "IS_SCALED": stored is not None}
+    constants |= {"TILE": tails._DRAWN, "WIDE": tails._WIDE, "SPLITS": tails._SPLITS}
     constants |= {"UNIFORM": UNIFORM_SHARE, "MAX_RATIO": MAX_LOG_RATIO}
-    yield sample.sample_kernel, drawn, {**shape, **constants}, {}
+    yield sample.sample_kernel, drawn, {**shape, **constants}, {"num_warps": 8}
     bound = {
         "q": f"*{kv}",
         "lists": _LONG,
         "chosen": _INT,
-        "log_most": _FLOAT,
+        "most": _FLOAT,
         "scale": "fp32",
     }
-    yield sample.bound_kernel, bound, {**shape, "BLOCK_R": _rows(per_group)}, {}
+    divided = {"BLOCK_R": _rows(per_group), "TILE": tails._BOUND_TILE}
+    yield sample.bound_kernel, bound, {**shape, **divided}, {}
 
 
 def _each() -> Iterator[Entry]:
