@@ -15,6 +15,8 @@ from collectives import Mesh
 from kv_store import Layout
 from orchestrator.model.config import ModelConfig
 from orchestrator.place import Place
+from orchestrator.planner.plan_buffers import PlanSizes, question_plan_bytes
+from orchestrator.planner.workload import Reading
 from sparse_attn.select.centroid_build import LEAST_PER_GROUP
 
 # The rest is for activations, the allocator and other processes.
@@ -39,16 +41,37 @@ def document_bytes(layout: Layout, mesh: Mesh, *, item_bytes: int, keys_per_clus
 
 
 def question_bytes(
-    layout: Layout, mesh: Mesh, cfg: ModelConfig, *, capacity_tokens: int, item_bytes: int
+    layout: Layout,
+    mesh: Mesh,
+    cfg: ModelConfig,
+    *,
+    capacity_tokens: int,
+    item_bytes: int,
+    has_plans: bool = False,
 ) -> int:
-    """Bytes of a question in progress on a rank: its tail in every layer, and evidence mass."""
+    """Bytes of a question in progress on a rank: its tail in every layer, evidence mass, and, where
+    kernels attend, plans that read everything: a plan that selects by keys is smaller.
+    """
     slots = max(_slots_of(layout, mesh, rank) for rank in range(mesh.num_ranks))
     kv_heads = cfg.num_kv_heads // mesh.heads
     steady = layout.sinks + layout.window
     tail = kv_heads * 2 * cfg.head_dim * item_bytes
     windows = (steady if window is None else window for window in cfg.windows)
     tails = sum((kept + capacity_tokens) * tail for kept in windows)
-    return tails + layout.num_full_layers * slots * 4
+    plans = 0
+    if has_plans and layout.num_full_layers:
+        sizes = PlanSizes(
+            num_layers=layout.num_full_layers,
+            num_kv_heads=kv_heads,
+            per_group=cfg.num_heads // cfg.num_kv_heads,
+            head_dim=cfg.head_dim,
+            item_bytes=item_bytes,
+            keys=slots // kv_heads,
+            segments=layout.num_segments,
+            steady=steady + capacity_tokens,
+        )
+        plans = question_plan_bytes(sizes, Reading(mode="exact"), capacity_tokens)
+    return tails + layout.num_full_layers * slots * 4 + plans
 
 
 def fitting_tokens(

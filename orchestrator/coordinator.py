@@ -55,6 +55,7 @@ class Coordinator:
         worker = executor.worker
         self._place, self._cfg = worker.place, worker.model.cfg
         self._item_bytes = worker.model.decoder.dtype.itemsize
+        self._has_plans = worker.backend.makes_plans and worker.place.is_alone
         self.capacity_bytes = executor.free_bytes if capacity_bytes is None else capacity_bytes
         self._used_bytes = 0
         self._changed = threading.Condition()
@@ -143,6 +144,7 @@ class Coordinator:
             self._cfg,
             capacity_tokens=capacity_tokens,
             item_bytes=self._item_bytes,
+            has_plans=self._has_plans,
         )
         document = self._opened[held.document.name].num_bytes
         if needed + document > self.capacity_bytes:

@@ -57,6 +57,16 @@ def needed_bytes(engine: Engine, *, max_tokens: int) -> int:
     )
 
 
+def test_plans_of_kernels_are_counted(engine: Engine) -> None:
+    layout, mesh, cfg = layout_of(engine), parse_mesh("1x1"), engine.model.cfg
+    sizes = {"capacity_tokens": 40, "item_bytes": 4}
+    plain, planned = (
+        question_bytes(layout, mesh, cfg, **sizes, has_plans=has_plans)
+        for has_plans in (False, True)
+    )
+    assert planned - plain >= 4 * cfg.num_heads * layout.num_tokens  # scores of a query
+
+
 def limited(config: EngineConfig, capacity_bytes: int) -> Engine:
     return Engine(config, InProcessExecutor(config), capacity_bytes=capacity_bytes)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from collectives.mesh import Mesh
+from orchestrator.planner.plan_buffers import PlanSizes, question_plan_bytes
 from orchestrator.planner.shards import head_share, matrix_share, slot_share, widest_shard
 from orchestrator.planner.topology import Topology
 from orchestrator.planner.workload import Choice, Workload
@@ -220,7 +221,9 @@ def cluster_phases(workload: Workload, choice: Choice, topology: Topology) -> li
 
 
 def question_phase(workload: Workload, choice: Choice, topology: Topology) -> Phase:
-    """Buffers of a question: its own keys in every layer, evidence, a tile's look-up, logits."""
+    """Buffers of a question: its own keys in every layer, evidence, logits, and a tile's look-up
+    or, for one rank on a GPU, plans of kernels.
+    """
     cfg, item = workload.cfg, topology.item_bytes
     heads, shard = head_share(cfg, choice.mesh), widest_shard(cfg, choice.mesh)
     slots = slot_share(workload.layout(topology.dtype), choice.mesh, workload.clusters)
@@ -230,6 +233,9 @@ def question_phase(workload: Workload, choice: Choice, topology: Topology) -> Ph
     tails = cfg.num_layers * heads.group_kv_heads * steady * 2 * cfg.head_dim * item
     evidence = len(cfg.full_layers) * held * _FLOAT
     buffers = [tails, evidence, shard.vocab.total * _FLOAT, 3 * T * cfg.mlp_dim * item]
+    if not topology.is_cpu and choice.mesh.num_ranks == 1:
+        sizes = _plan_sizes(workload, topology.dtype, steady, item)
+        return (*buffers, question_plan_bytes(sizes, choice.reading, T))
     if choice.reading.mode == "centroid":
         per_head = max(slots.columns) // heads.group_kv_heads
         if choice.reading.levels == 2:
@@ -240,6 +246,25 @@ def question_phase(workload: Workload, choice: Choice, topology: Topology) -> Ph
         scores = min(T, _TILE_TOKENS) * heads.group_heads * per_head
         buffers += [scores * _FLOAT, scores * _FLOAT, scores * _FLOAT, scores]
     return tuple(buffers)
+
+
+def _plan_sizes(workload: Workload, dtype: str, steady: int, item_bytes: int) -> PlanSizes:
+    """What the plans of one rank go by."""
+    cfg, layout, rule = workload.cfg, workload.layout(dtype), workload.clusters
+    share = slot_share(layout, Mesh(heads=1, context=1), rule)
+    return PlanSizes(
+        num_layers=len(cfg.full_layers),
+        num_kv_heads=cfg.num_kv_heads,
+        per_group=cfg.num_heads // cfg.num_kv_heads,
+        head_dim=cfg.head_dim,
+        item_bytes=item_bytes,
+        keys=share.held[0] // cfg.num_kv_heads,
+        segments=layout.num_segments,
+        steady=steady,
+        columns=share.columns[0] // cfg.num_kv_heads,
+        groups=share.groups[0] // cfg.num_kv_heads,
+        group_size=rule.clusters_per_group or 1,
+    )
 
 
 def loading_bytes(workload: Workload, mesh: Mesh, topology: Topology) -> int:

@@ -5,7 +5,8 @@ Owns the plain data that planner functions share. Refuses to know machines and s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from collectives.mesh import Mesh
@@ -13,18 +14,26 @@ from kv_store.layout import Layout
 from orchestrator.model.config import ModelConfig
 
 KeyMode = Literal["exact", "centroid"]
+_LEAST_PER_GROUP, _GROUPED_TOKENS = 8, 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterRule:
-    """How segments are clustered; the same fields and defaults as
+    """How segments are clustered; the same fields, defaults and rule for a document's length as
     `sparse_attn.select.centroid_build.CentroidParams`.
     """
 
     keys_per_cluster: int = 4
     iterations: int = 5
     max_cluster_ratio: int = 4
-    clusters_per_group: int = 8
+    clusters_per_group: int | None = None
+
+    def for_document(self, num_tokens: int) -> ClusterRule:
+        """With the size of groups that a document of that length gets."""
+        if self.clusters_per_group is not None:
+            return self
+        size = _LEAST_PER_GROUP * math.sqrt(max(1.0, num_tokens / _GROUPED_TOKENS))
+        return replace(self, clusters_per_group=round(size))
 
     def clusters_of(self, num_keys: int) -> int:
         """Clusters that k-means looks for among num_keys keys."""
@@ -39,7 +48,7 @@ class ClusterRule:
 
     def groups_of(self, num_keys: int) -> int:
         """Groups of clusters."""
-        return max(1, self.columns_of(num_keys) // self.clusters_per_group)
+        return max(1, self.columns_of(num_keys) // (self.clusters_per_group or _LEAST_PER_GROUP))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +70,10 @@ class Workload:
     weights_file_bytes: int = 0
     clusters: ClusterRule = ClusterRule()
     kv_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        """Groups are of the size that this document gets."""
+        object.__setattr__(self, "clusters", self.clusters.for_document(self.num_tokens))
 
     def layout(self, dtype: str) -> Layout:
         """The document's shapes where the model computes in `dtype`."""

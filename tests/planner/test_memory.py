@@ -107,7 +107,11 @@ def _owner(grid: Mesh, segment_idx: int, head: int) -> int:
 @pytest.mark.parametrize("num_tokens", [1, 3, 63, 256, 300])
 def test_columns_of_the_cluster_tables_are_those_that_are_built(num_tokens: int) -> None:
     rule, params = ClusterRule(), CentroidParams()
-    assert {name: getattr(rule, name) for name in rule.__slots__} == params.to_dict()
+    for length in (None, 100, 8192, 131_072, 1_048_576):
+        own, theirs = rule, params
+        if length is not None:
+            own, theirs = rule.for_document(length), params.for_document(length)
+        assert {name: getattr(own, name) for name in own.__slots__} == theirs.to_dict()
     x = torch.randn(2, num_tokens, 8, generator=torch.Generator().manual_seed(0))
     built = build(x, x, num_sinks=0, num_window=0, params=params)
     assert built["centroids"].shape[1] == rule.columns_of(num_tokens)

@@ -122,3 +122,11 @@ def test_kmeans_in_batches_gives_the_same_labels(monkeypatch: pytest.MonkeyPatch
     for num_bytes in (1, 2 * 100 * 25 * 4, 3 * 100 * 25 * 4 + 1):
         monkeypatch.setitem(MAX_DISTANCE_BYTES, "cpu", num_bytes)
         assert torch.equal(kmeans(points, num_clusters=25, iterations=4), together)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "size"), [(1, 8), (8192, 8), (32_768, 16), (131_072, 32), (1_048_576, 91)]
+)
+def test_groups_grow_with_the_root_of_the_length(num_tokens: int, size: int) -> None:
+    assert CentroidParams().for_document(num_tokens).clusters_per_group == size
+    assert PARAMS.for_document(num_tokens) == PARAMS
