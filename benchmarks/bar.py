@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    sys.argv[1:] = arguments[1:]
     code = importlib.import_module(f"benchmarks.bars.{row.lower()}").main()
     return int(code)
 

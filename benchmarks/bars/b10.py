@@ -262,7 +262,7 @@ def pickled_collectives(source: Source) -> Iterator[str]:
 
 def main() -> int:
     """Measure the row; arguments name some of the runs to watch, all by default."""
-    chosen = [run for run in RUNS if run in sys.argv[2:]] or list(RUNS)
+    chosen = [run for run in RUNS if run in sys.argv[1:]] or list(RUNS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runs = [watch_run(folder / run, run) for run in chosen]
