@@ -80,7 +80,7 @@ def test_the_selector_is_named_as_it_was_asked_for(engine: Engine) -> None:
     assert selector(mode="exact") == selector(mode="auto") == selector("half", mode="exact")
     assert selector(mode="exact", budget="5%") == selector(mode="exact")
     assert selector(levels=2) != selector(levels=1) == selector()
-    assert selector()["index"] == {"name": "centroid", **CentroidParams().to_dict()}
+    assert selector()["index"] == {"name": "centroid", **CentroidParams().for_document(1).to_dict()}
 
 
 def test_a_share_has_one_name_whatever_the_document() -> None:

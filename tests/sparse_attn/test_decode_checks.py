@@ -105,5 +105,5 @@ def test_a_share_of_a_document_is_cut_as_the_whole_is() -> None:
     )
     few = Runs(first=starts[:1], count=whole.count[:1], bounds=torch.tensor([[0] + [1] * 8]))
     for runs, num_keys in ((whole, None), (few, whole.num_keys)):
-        assert set(split_runs(runs, num_keys)[0][:, 1].tolist()) == {2048}
-    assert set(split_runs(few)[0][:, 1].tolist()) == {128}
+        assert set(split_runs(runs, num_keys)[0][:, 1].tolist()) == {4096}
+    assert set(split_runs(few)[0][:, 1].tolist()) == {256}
