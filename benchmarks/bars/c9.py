@@ -14,11 +14,11 @@ import tempfile
 import torch
 
 from benchmarks.harness import note, print_row
-from kv_store import Layout
 from orchestrator.capacity import document_bytes
 from orchestrator.engine import Engine
 from orchestrator.evaluation.decode_bench import DecodeTiming, measure_decode
-from orchestrator.ingest import NUM_SINKS
+from orchestrator.planner import Workload
+from orchestrator.planning import KV_DTYPES
 from sparse_attn.select.centroid_build import CentroidParams
 
 KV_DTYPE, CLUSTERS = "fp8", CentroidParams(keys_per_cluster=8)
@@ -85,23 +85,17 @@ def _print(timings: list[DecodeTiming]) -> int:
 
 def _count_fitting(engine: Engine, num_tokens: int) -> int:
     """Documents that fit beside the weights, one at least."""
-    cfg, worker = engine.model.cfg, engine.executor.worker
-    layout = Layout(
+    workload = Workload(
+        cfg=engine.model.cfg,
         num_tokens=num_tokens,
         segment_tokens=SEGMENT_TOKENS,
-        sinks=NUM_SINKS,
-        window=64,
-        num_full_layers=len(cfg.full_layers),
-        num_sliding_layers=len(cfg.sliding_layers),
-        sliding_window=max((w for w in cfg.windows if w is not None), default=0),
-        num_kv_heads=cfg.num_kv_heads,
-        head_dim=cfg.head_dim,
-        kv_dtype="float8_e4m3fn",
+        kv_dtype=KV_DTYPES[KV_DTYPE],
     )
+    dtype, worker = engine.model.decoder.dtype, engine.executor.worker
     needed = document_bytes(
-        layout,
+        workload.layout(str(dtype).removeprefix("torch.")),
         worker.place.mesh,
-        item_bytes=engine.model.decoder.dtype.itemsize,
+        item_bytes=dtype.itemsize,
         keys_per_cluster=CLUSTERS.keys_per_cluster,
     )
     free = torch.cuda.mem_get_info()[0] - SPARE_BYTES
