@@ -121,6 +121,7 @@ def readings_of(request: PlanRequest, workload: Workload) -> list[Reading]:
             num_tokens=workload.num_tokens,
             num_steady=workload.sinks + workload.window,
             keys_per_cluster=workload.clusters.keys_per_cluster,
+            device="cpu" if parse_machine(request.machine).kind == "cpu" else "cuda",
         )
         reading = Reading(
             mode="centroid" if decision.mode == "centroid" else "exact",

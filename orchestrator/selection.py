@@ -19,8 +19,10 @@ DEFAULT_BUDGET_SHARE = 0.125
 # there than `exact`, by `longspan bench amortised` on CPUs and `longspan bench decode` on an H200
 # (docs/log.md, docs/kernels.md).
 EXACT_BELOW_KEYS = {"cpu": 8192, "cuda": 131_072}
-# Above this many clusters per KV head the look-up goes through groups first.
-TWO_LEVEL_ABOVE_CLUSTERS = 8192
+# Above this many clusters per KV head the look-up goes through groups first. A GPU holds 2,048
+# units of a choice on the chip; one level over 8,192 clusters took 306 us of a layer with 16
+# questions on an H200 (docs/log.md).
+TWO_LEVEL_ABOVE_CLUSTERS = {"cpu": 8192, "cuda": 2048}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,7 @@ def decide(
         return _decision(
             options, mode, reason, budget_keys=num_steady, mass=None, levels=1, retrieved=0
         )
-    levels = _choose_levels(options, num_tokens, keys_per_cluster)
+    levels = _choose_levels(options, num_tokens, keys_per_cluster, device)
     if mass is not None:
         return _decision(
             options, mode, reason, budget_keys=None, mass=mass, levels=levels, retrieved=None
@@ -190,10 +192,10 @@ def _choose_mode(
     return "centroid", f"{num_tokens} keys are at least {enough}: selection by {limit}"
 
 
-def _choose_levels(options: AskOptions, num_tokens: int, keys_per_cluster: int) -> int:
+def _choose_levels(options: AskOptions, num_tokens: int, keys_per_cluster: int, device: str) -> int:
     if options.levels is not None:
         return options.levels
-    return 2 if num_tokens // keys_per_cluster > TWO_LEVEL_ABOVE_CLUSTERS else 1
+    return 2 if num_tokens // keys_per_cluster > TWO_LEVEL_ABOVE_CLUSTERS[device] else 1
 
 
 def _decision(

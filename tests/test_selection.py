@@ -59,10 +59,11 @@ def test_a_budget_counts_the_steady_zone_and_never_falls_below_it() -> None:
     assert decision(8000, mode="centroid", budget="100%").retrieved_keys == 8000 - STEADY
 
 
-def test_large_documents_are_looked_up_in_two_levels() -> None:
-    limit = TWO_LEVEL_ABOVE_CLUSTERS * 8
-    assert decision(limit, mode="centroid").levels == 1
-    assert decision(limit + 8, mode="centroid").levels == 2
+@pytest.mark.parametrize("device", TWO_LEVEL_ABOVE_CLUSTERS)
+def test_large_documents_are_looked_up_in_two_levels(device: str) -> None:
+    limit = TWO_LEVEL_ABOVE_CLUSTERS[device] * 8
+    assert decision(limit, mode="centroid", device=device).levels == 1
+    assert decision(limit + 8, mode="centroid", device=device).levels == 2
     assert decision(1000, mode="centroid", levels=2).levels == 2
 
 

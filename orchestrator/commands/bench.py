@@ -57,6 +57,7 @@ def amortised(
 )
 @click.option("--questions", type=int, default=1, show_default=True)
 @click.option("--documents", type=int, default=1, show_default=True)
+@click.option("--profile", is_flag=True, help="Time per kernel, launches and waits (a GPU).")
 @JSON
 @engine_options
 def decode(
@@ -69,6 +70,7 @@ def decode(
     clusters_per_group: int | None,
     questions: int,
     documents: int,
+    profile: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -93,6 +95,7 @@ def decode(
             ),
             num_questions=questions,
             num_documents=documents,
+            is_profiled=profile,
         )
     if not as_json:
         click.echo(timings[0].notice)
@@ -104,6 +107,8 @@ def decode(
                 f"{timing.limit_s / timing.median_s:.0%} of the limit, "
                 f"{timing.tokens_per_s:.1f} tokens/s"
             )
+            for line in timing.profile.lines() if timing.profile else ():
+                click.echo(line)
     echo_json({"schema": 1, "benchmark": "decode", "results": [t.as_json() for t in timings]})
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.answering import RECALL_PERIOD
+from orchestrator.evaluation.decode_profile import StepProfile, profile_steps
 from orchestrator.evaluation.synthetic import NOTICE, synthetic_context
 from orchestrator.model.attention import Attention, make_attention
 from orchestrator.model.context import DocumentContext
@@ -26,12 +27,15 @@ from sparse_attn.select.centroid_build import CentroidParams
 
 # The first compiles, the second is captured where there is a graph, the third settles.
 WARM_STEPS = 3
+# Of a profile: every layer's recall is sampled once in so many.
+PROFILED_STEPS = RECALL_PERIOD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeTiming:
     """One mode on one length; limit_s: step_bytes at the bandwidth that this run measured; build_s:
-    of the documents; tokens_per_s: of all num_questions, which are on num_documents documents.
+    of the documents; tokens_per_s: of all num_questions, which are on num_documents documents;
+    profile: of steps beside those timed, where it was asked for.
     """
 
     notice: str
@@ -52,6 +56,7 @@ class DecodeTiming:
     min_s: float
     max_s: float
     tokens_per_s: float
+    profile: StepProfile | None
 
     def as_json(self) -> dict[str, object]:
         """Plain values."""
@@ -71,6 +76,7 @@ def measure_decode(
     num_documents: int = 1,
     kv_dtype: str | None = None,
     clusters: CentroidParams | None = None,
+    is_profiled: bool = False,
 ) -> list[DecodeTiming]:
     """Time forwards of one token of each question, in each mode, on the same synthetic documents.
 
@@ -98,7 +104,9 @@ def measure_decode(
     for mode in modes:
         plan = _plan_of(mode, budget, contexts[0], clusters)
         asked = [contexts[i % num_documents] for i in range(num_questions)]
-        seconds, step_bytes = _time_questions(model, backend, asked, plan, repeats)
+        seconds, step_bytes, profile = _time_questions(
+            model, backend, asked, plan, repeats, profiled_at=bandwidth if is_profiled else None
+        )
         timings.append(
             DecodeTiming(
                 notice=NOTICE,
@@ -119,6 +127,7 @@ def measure_decode(
                 min_s=min(seconds),
                 max_s=max(seconds),
                 tokens_per_s=num_questions / statistics.median(seconds),
+                profile=profile,
             )
         )
     return timings
@@ -130,8 +139,13 @@ def _time_questions(
     asked: Sequence[DocumentContext],
     plan: AttentionPlan,
     repeats: int,
-) -> tuple[list[float], int]:
-    """Seconds of each step of a question on each of these documents, and the bytes of one."""
+    *,
+    profiled_at: float | None,
+) -> tuple[list[float], int, StepProfile | None]:
+    """Seconds of each step of a question on each of these documents, the bytes of one, and the
+    profile of others, if at a bandwidth.
+    """
+    num_steps = WARM_STEPS + repeats + (PROFILED_STEPS if profiled_at else 0)
     recorders, attentions = [], []
     for seed, context in enumerate(asked):
         recorder = Recorder(context.resident, context.place, recall_period=plan.recall_period)
@@ -144,12 +158,25 @@ def _time_questions(
                 recorder,
                 scale=model.cfg.attention_scale,
                 windows=model.cfg.windows,
-                capacity_tokens=repeats + WARM_STEPS,
+                capacity_tokens=num_steps,
             )
         )
-    seconds = _time_steps(model, attentions, asked[0].num_tokens, repeats)
-    num_bytes = sum(recorder.bytes_read_here() for recorder in recorders)
-    return seconds, num_bytes // (repeats + WARM_STEPS) + model.decoder.num_bytes
+    with torch.inference_mode():
+        step = _step_of(model, attentions, asked[0].num_tokens)
+        for offset in range(WARM_STEPS):
+            step(offset)
+        timed = range(WARM_STEPS, WARM_STEPS + repeats)
+        seconds = [_time_once(lambda o=offset: step(o)) for offset in timed]
+        num_bytes = sum(recorder.bytes_read_here() for recorder in recorders)
+        step_bytes = num_bytes // timed.stop + model.decoder.num_bytes
+        if profiled_at is None:
+            return seconds, step_bytes, None
+        profile = profile_steps(
+            lambda offset: step(timed.stop + offset),
+            PROFILED_STEPS,
+            limit_s=step_bytes / profiled_at,
+        )
+    return seconds, step_bytes, profile
 
 
 def _plan_of(
@@ -160,6 +187,7 @@ def _plan_of(
         num_tokens=context.num_tokens,
         num_steady=context.num_steady,
         keys_per_cluster=clusters.keys_per_cluster,
+        device=context.resident.device.type,
     )
     return AttentionPlan(
         mode=mode,
@@ -176,9 +204,10 @@ def measure_read_bandwidth(device: torch.device, *, num_bytes: int = 1 << 30) ->
     return num_bytes / best_s
 
 
-def _time_steps(
-    model: LoadedModel, attentions: Sequence[Attention], position: int, repeats: int
-) -> list[float]:
+def _step_of(
+    model: LoadedModel, attentions: Sequence[Attention], position: int
+) -> Callable[[int], None]:
+    """A step of all questions, so many tokens after a position; waits until it is over."""
     forward = _forward_of(model, attentions)
     tokens = [0] * len(attentions)
 
@@ -186,10 +215,7 @@ def _time_steps(
         logits = forward(tokens, [position + offset] * len(attentions))
         torch.stack(logits).argmax(dim=1).tolist()
 
-    with torch.inference_mode():
-        for offset in range(WARM_STEPS):
-            step(offset)
-        return [_time_once(lambda o=offset: step(o + WARM_STEPS)) for offset in range(repeats)]
+    return step
 
 
 def _forward_of(
