@@ -263,7 +263,6 @@ def _plan_sizes(workload: Workload, dtype: str, steady: int, item_bytes: int) ->
         steady=steady,
         columns=share.columns[0] // cfg.num_kv_heads,
         groups=share.groups[0] // cfg.num_kv_heads,
-        group_size=rule.clusters_per_group or 1,
     )
 
 

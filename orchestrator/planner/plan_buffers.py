@@ -13,10 +13,10 @@ from orchestrator.planner.workload import Reading
 _FLOAT, _INT, _LONG = 4, 4, 8
 _FOLDS = 8
 # As `sparse_attn.kernels`: slots of a steady part, of a tile that is read (in long selections), of
-# a run at least and at most, and runs that fill a GPU; units of a tile, and of a piece of a group.
-_STEADY, _TILE, _LONG_TILE, _LONG_LIMIT = 128, 128, 512, 4096
+# a run at least and at most, and runs that fill a GPU; units of a tile, and of one that is opened.
+_STEADY, _TILE, _LONG_TILE, _LONG_LIMIT = 128, 128, 1024, 4096
 _LEAST_RUN, _MOST_RUN, _RUNS, _RUN_COLUMNS = 256, 4096, 264, 8
-_UNITS, _PIECE = 128, 64
+_UNITS, _MEMBERS = 128, 64
 # Groups that a two-level look-up opens hold so many times the keys that are read.
 _OPENED = 4
 # Question tokens that come together (`model/device_attention.py`).
@@ -26,8 +26,8 @@ TILE_QUERIES = 16
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSizes:
     """One rank's document and question. keys, segments: of a KV head's body; steady: keys that
-    every query reads, room for the answer included; columns, groups: of a KV head's tables;
-    group_size: clusters of the largest group, about; no matter where everything is read.
+    every query reads, room for the answer included; columns, groups: of a KV head's tables, no
+    matter where everything is read.
     """
 
     num_layers: int
@@ -40,7 +40,6 @@ class PlanSizes:
     steady: int
     columns: int = 0
     groups: int = 0
-    group_size: int = 0
 
 
 def question_plan_bytes(sizes: PlanSizes, reading: Reading, question_tokens: int) -> int:
@@ -74,11 +73,11 @@ def selected_plan_bytes(sizes: PlanSizes, reading: Reading, num_queries: int) ->
     first = sizes.groups if is_deep else sizes.columns
     opened = min(sizes.columns, _OPENED * reading.keys) if is_deep else 1
     looked_at = first if is_deep else 1
-    pieces = looked_at * -(-sizes.group_size // _PIECE)
     tiles = _FOLDS * -(-first // (_FOLDS * _UNITS))
     tile = _TILE if reading.keys <= _LONG_LIMIT else _LONG_TILE
     members = opened // _UNITS + _FOLDS if is_deep else 0
     parts = -(-sizes.steady // _STEADY) + capacity // tile + _FOLDS + tiles + members
+    pieces = opened // _MEMBERS + _FOLDS
     kept = capacity if num_queries == 1 else 1
     floats = p * (kept + first + tiles + opened + pieces)
     ints = capacity + 3 * opened + 3 * looked_at + 3 * min(capacity, sizes.columns)

@@ -25,6 +25,7 @@ from sparse_attn.kernels.decode_checks import (
     check_layer,
 )
 from sparse_attn.kernels.dense import attend_runs_kernel
+from sparse_attn.kernels.early import can_start_early
 from sparse_attn.kernels.evidence import Evidence, spans_of
 from sparse_attn.kernels.merge import merge_kernel, merge_options
 from sparse_attn.kernels.pieces import count_steady, runs_of, split_runs, steady_pieces
@@ -175,7 +176,7 @@ class Rows:
             heads.num_queries, self.num_parts, num_steady, *bases,
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim,
             TILE_READ=tiles[0], TILE_MEMBERS=tiles[1], LISTS=num_lists, READS_ALL=reads_all,
-            **options,
+            EARLY=can_start_early(self.out.device), **options,
         )  # fmt: skip
         return result
 

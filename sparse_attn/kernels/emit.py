@@ -1,7 +1,7 @@
 """What a choice among units leaves behind: entries in order of columns, and their slots.
 
 An entry is (first, count, place): a run of slots, or of clusters of a group, and where it lies
-among what all entries hold.
+among what all entries hold. What they hold is written out, one number each.
 """
 
 from __future__ import annotations
@@ -44,16 +44,18 @@ def emit(
 
 
 @triton.jit
-def expand(slots, capacity, entries, num_entries, BLOCK: tl.constexpr):
-    """The slots of all entries, each from its place on."""
+def expand(
+    slots, capacity, entries, num_entries, BLOCK: tl.constexpr, SPAN: tl.constexpr
+):  # fmt: skip
+    """What all entries hold, each from its place on: SPAN of BLOCK entries at a time."""
     for start in range(0, num_entries, BLOCK):
         entry = start + tl.arange(0, BLOCK)
         is_entry = entry < num_entries
         first = tl.load(entries + entry * 3, mask=is_entry, other=0)
         size = tl.load(entries + entry * 3 + 1, mask=is_entry, other=0)
         place = tl.load(entries + entry * 3 + 2, mask=is_entry, other=0)
-        for i in range(0, tl.max(size, 0), 8):
-            each = i + tl.arange(0, 8)[None, :]
+        for i in range(0, tl.max(size, 0), SPAN):
+            each = i + tl.arange(0, SPAN)[None, :]
             is_slot = (each < size[:, None]) & (place[:, None] + each < capacity)
             tl.store(slots + place[:, None] + each, first[:, None] + each, mask=is_slot)
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_attn.errors import ShapeMismatch
+from sparse_attn.kernels.early import can_start_early, early_launch, let_next_start, wait_for_last
 from sparse_attn.kernels.layer_checks import check_first, check_like
 from sparse_attn.kernels.prefill_launch import padded
 from sparse_attn.kernels.rotary import rotate_append, rotate_append_each
@@ -75,7 +76,8 @@ def normed_row(x, scale, eps, E: tl.constexpr):
 
 @triton.jit
 def add_rms_norm_kernel(
-    x, branch, weight, post_norm, stream, normed, eps, E: tl.constexpr, BLOCK: tl.constexpr
+    x, branch, weight, post_norm, stream, normed, eps, E: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """stream = x + branch, or x + rms_norm(branch, post_norm) where the model has one (Gemma);
     normed = rms_norm(stream, weight) of the rounded stream; without a branch the stream is x.
@@ -83,6 +85,7 @@ def add_rms_norm_kernel(
     Grid: (T), a row each. Masked: columns beyond E, which add zero to the sum of squares. Bytes: 8
     E to read (with a branch), 4 E to write, and 4 E of each norm weight.
     """
+    let_next_start(EARLY)
     column = tl.arange(0, BLOCK)
     is_own = column < E
     at = tl.program_id(0).to(tl.int64) * E + column
@@ -99,12 +102,16 @@ def add_rms_norm_kernel(
 
 
 @triton.jit
-def gate_kernel(gate_up, out, F: tl.constexpr, IS_SILU: tl.constexpr, BLOCK: tl.constexpr):
+def gate_kernel(
+    gate_up, out, F: tl.constexpr, IS_SILU: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr = False,
+):  # fmt: skip
     """act(gate), rounded, times up: silu(x) = x / (1 + exp(-x)), and gelu by tanh(u) is
     x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).
 
     Grid: (blocks of columns, T). Masked: columns beyond F. Bytes: 4 BLOCK to read, 2 to write.
     """
+    let_next_start(EARLY)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_own = column < F
     row = tl.program_id(1).to(tl.int64)
@@ -122,6 +129,7 @@ def gate_kernel(gate_up, out, F: tl.constexpr, IS_SILU: tl.constexpr, BLOCK: tl.
 def small_linear_kernel(
     x, weight, bias, out, num_rows, num_columns,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """out[t, n] = round(sum over k of weight[n, k] x[t, k], in float32, + bias[n]).
 
@@ -137,6 +145,7 @@ def small_linear_kernel(
     is_row = row < num_rows
     weight_at = weight + column.to(tl.int64)[:, None] * K + inner[None, :]
     x_at = x + row[None, :] * K + inner[:, None]
+    wait_for_last(EARLY)
     total = tl.zeros((BLOCK_N, ROWS), tl.float32)
     for start in range(0, K, BLOCK_K):
         is_inner = inner < K - start
@@ -174,8 +183,9 @@ def add_rms_norm(
     check_like(x, stream=(out[0], (num_rows, dim)), normed=(out[1], (num_rows, dim)))
     block = padded(dim)
     add_rms_norm_kernel[(num_rows,)](
-        x, branch, weight, post_norm, out[0], out[1], eps, dim, block, num_warps=norm_warps(block)
-    )
+        x, branch, weight, post_norm, out[0], out[1], eps, dim, block, can_start_early(x.device),
+        num_warps=norm_warps(block),
+    )  # fmt: skip
     return x if branch is None else out[0], out[1]
 
 
@@ -194,7 +204,10 @@ def gate(
     result = gate_up.new_empty((num_rows, dim)) if out is None else out
     check_like(gate_up, out=(result, (num_rows, dim)))
     grid = (triton.cdiv(dim, GATE_COLUMNS), num_rows)
-    gate_kernel[grid](gate_up, result, dim, activation == "silu", GATE_COLUMNS, num_warps=2)
+    gate_kernel[grid](
+        gate_up, result, dim, activation == "silu", GATE_COLUMNS, can_start_early(gate_up.device),
+        num_warps=2,
+    )  # fmt: skip
     return result
 
 
@@ -221,7 +234,8 @@ def small_linear(
     tile = tile or tile_for(num_columns)
     small_linear_kernel[(triton.cdiv(num_columns, tile.block_n),)](
         x, weight, bias, result, num_rows, num_columns,
-        inner, padded_rows(num_rows), tile.block_n, tile.block_k, **tile.options(),
+        inner, padded_rows(num_rows), tile.block_n, tile.block_k,
+        **tile.options(), **early_launch(x.device),
     )  # fmt: skip
     return result
 

@@ -15,7 +15,7 @@ from sparse_attn.kernels.read import read_options
 from sparse_attn.kernels.score import TILE_UNITS
 from sparse_attn.kernels.steps import read_kernel
 
-_PROGRAMS = 528  # that share all selections: as many as run at once
+_PROGRAMS = 1056  # that share all selections: as many as run at once
 
 
 class ListedDecode:
@@ -70,7 +70,7 @@ class ListedDecode:
             self._scale, heads.num_queries, rows.num_parts, self._capacity, 1, 0, 0, 0,
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=rows.kv,
             BLOCK_R=heads.block, TILE=TILE_UNITS, IS_DEEP=False, KEEPS=False,
-            STORED=rows.kv, num_warps=4, **self._division,
+            STORED=rows.kv, **self._division,
         )  # fmt: skip
         return rows.merge(
             (bounds, none, none),

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from sparse_attn.kernels.common import LOWEST, halves, log_add, tiles_of_folds
+from sparse_attn.kernels.early import let_next_start
 
 
 def merge_options(head_dim: int) -> dict[str, int]:
@@ -107,7 +108,7 @@ def merge_kernel(
     num_queries, num_parts, num_steady, base_read, base_tiles, base_members,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr, TILE_READ: tl.constexpr, TILE_MEMBERS: tl.constexpr,
-    LISTS: tl.constexpr, READS_ALL: tl.constexpr,
+    LISTS: tl.constexpr, READS_ALL: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Everything that a problem attended to, as one part.
 
@@ -118,6 +119,7 @@ def merge_kernel(
     D], lse_all and lse_read (of what was read alone, steady included) [Z * P]. Reads each part
     once.
     """
+    let_next_start(EARLY)
     z = tl.program_id(1)
     p = tl.program_id(0) // (D // BLOCK)
     column = tl.program_id(0) % (D // BLOCK) * BLOCK + tl.arange(0, BLOCK)

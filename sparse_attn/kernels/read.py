@@ -22,8 +22,10 @@ def read_options(limit: int | None, head_dim: int) -> dict[str, int]:
     is used. Goes by nothing but the limit, so that a query's bits do not.
     """
     if limit is not None and limit <= LONG:
-        return {"TILE_READ": 128, "BLOCK_N": 64 if head_dim > 128 else 128, "STAGES": 1}
-    return {"TILE_READ": 512, "BLOCK_N": 64, "STAGES": 2 if head_dim > 128 else 3}
+        block = 64 if head_dim > 128 else 128
+        return {"TILE_READ": 128, "BLOCK_N": block, "STAGES": 1, "num_warps": 4}
+    stages = 3 if head_dim > 128 else 5
+    return {"TILE_READ": 1024, "BLOCK_N": 32, "STAGES": stages, "num_warps": 2}
 
 
 @triton.jit
@@ -64,33 +66,52 @@ def read_tile(
 
 @triton.jit
 def estimate_units(
-    z, part, log_mass, width, values, sizes, unit, is_unit, part_out, part_lse, num_parts,
-    P: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr,
+    z, part, log_mass, width, first, count, columns, base, sizes_at, value_sums, part_out, part_lse,
+    num_parts,
+    P: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """What stands for units that were not read: weights exp(log mass) over mean values.
 
-    log_mass [Z, P, width] is -inf where a unit was read; values: pointers [n, D] to value sums.
-    Reads 2 D bytes of each unit.
+    Units `first` to first + count; log_mass [Z, P, width] is -inf where one was read. Of columns
+    (none: each its own, from `base` on) the value_sums [., D] are; sizes_at is by column too, or by
+    unit where there are columns. Reads 2 D bytes of each unit.
     """
     row = tl.arange(0, BLOCK_P)
     is_row = row < P
-    at = log_mass + (z * P + row)[:, None].to(tl.int64) * width + unit[None, :]
-    is_own = is_row[:, None] & is_unit[None, :]
-    mass = tl.load(at, mask=is_own, other=-float("inf"))
-    v = tl.load(values, mask=is_unit[:, None], other=0.0)
-    high = tl.maximum(tl.max(mass, 1), LOWEST)
-    weights = tl.exp(mass - high[:, None])
-    means = weights / tl.maximum(sizes, 1).to(tl.float32)[None, :]
-    out = tl.dot(means.to(v.dtype), v, input_precision="ieee")
+    mass_at = log_mass + (z * P + row)[:, None].to(tl.int64) * width
+    high = tl.full((BLOCK_P,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_P,), tl.float32)
+    out = tl.zeros((BLOCK_P, D), tl.float32)
+    for start in tl.range(0, count, BLOCK_N, num_stages=STAGES):
+        place = start + tl.arange(0, BLOCK_N)
+        is_unit = place < count
+        unit = first + place
+        if columns is None:
+            at = base + unit
+            sizes = tl.load(sizes_at + at, mask=is_unit, other=0)
+        else:
+            at = tl.load(columns + unit, mask=is_unit, other=0)
+            sizes = tl.load(sizes_at + unit, mask=is_unit, other=0)
+        v = tl.load(rows_at(value_sums, at, D), mask=is_unit[:, None], other=0.0)
+        is_own = is_row[:, None] & is_unit[None, :]
+        mass = tl.load(mass_at + unit[None, :], mask=is_own, other=-float("inf"))
+        new_high = tl.maximum(high, tl.max(mass, 1))
+        shrink = tl.exp(high - new_high)
+        weights = tl.exp(mass - new_high[:, None])
+        means = weights / tl.maximum(sizes, 1).to(tl.float32)[None, :]
+        total = total * shrink + tl.sum(weights, 1)
+        out = tl.dot(means.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        high = new_high
     rows = (z * num_parts + part) * P + row
-    total = tl.sum(weights, 1)
     store_part(part_out, part_lse, rows, is_row, high * LOG2_E, total, out, D)
 
 
 @triton.jit
 def estimate_tile(
     tile, query, tables, log_mass, part_out, part_lse, num_queries, width, base, num_parts,
-    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr,
+    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """`estimate_units` of a tile of a table; tile, tables: as in `score.score_tile`."""
     head = tl.load(tile)
@@ -99,31 +120,24 @@ def estimate_tile(
     place = tl.load(tile + 3)
     table = tables + head // G * 6
     z = (head // G * num_queries + query) * G + head % G
-    unit = first + tl.arange(0, TILE)
-    is_unit = tl.arange(0, TILE) < count
-    at = (head % G) * tl.load(table + 3) + unit
-    sizes = tl.load(address(table + 2, tl.int32) + at, mask=is_unit, other=0)
-    values = rows_at(address(table + 5, tl.float16), at, D)
     estimate_units(
-        z, base + place, log_mass, width, values, sizes, unit, is_unit, part_out, part_lse,
-        num_parts, P, D, BLOCK_P,
+        z, base + place, log_mass, width, first, count, None, (head % G) * tl.load(table + 3),
+        address(table + 2, tl.int32), address(table + 5, tl.float16), part_out, part_lse, num_parts,
+        P, D, BLOCK_P, BLOCK_N, STAGES,
     )  # fmt: skip
-    return z
 
 
 @triton.jit
 def estimate_members(
     z, first, count, part, members, value_sums, log_mass, part_out, part_lse,
     num_problems, width, num_parts,
-    P: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`estimate_units` of a tile of packed clusters (`score.score_group`)."""
-    unit = first + tl.arange(0, TILE)
-    is_unit = tl.arange(0, TILE) < count
-    member = members + z.to(tl.int64) * width + unit
-    at = tl.load(member, mask=is_unit, other=0)
-    sizes = tl.load(member + num_problems.to(tl.int64) * width, mask=is_unit, other=0)
+    """`estimate_units` of a tile of packed clusters (`score.score_members`)."""
+    columns = members + z.to(tl.int64) * width
     estimate_units(
-        z, part, log_mass, width, rows_at(value_sums, at, D), sizes, unit, is_unit, part_out,
-        part_lse, num_parts, P, D, BLOCK_P,
+        z, part, log_mass, width, first, count, columns, 0,
+        columns + num_problems.to(tl.int64) * width, value_sums, part_out, part_lse, num_parts,
+        P, D, BLOCK_P, BLOCK_N, STAGES,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 from sparse_attn.kernels.common import address, log_sum, rows_at
 
 TILE_UNITS = 128
-TILE_MEMBERS = 64  # of an opened group
+TILE_MEMBERS = 64  # of opened groups
 LOW = tl.constexpr(2048.0)  # what the low part of a half is multiplied by
 
 
@@ -102,41 +102,31 @@ def score_tile(
 
 
 @triton.jit
-def score_piece(
-    z, piece, x, x_low, squares, squares_low, factor, entries, centroids, variances, sizes_at,
-    starts_at,
-    log_mass, members, piece_lse, num_problems, width, max_opened, num_pieces,
+def score_members(
+    z, tile, first, count, x, x_low, squares, squares_low, factor, centroids, variances, sizes_at,
+    starts_at, log_mass, members, tile_lse, num_problems, width, max_tiles,
     P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Scores of TILE clusters of an opened group, packed, for the rows of one problem; each group
-    has num_pieces such pieces, of which the last may be empty.
+    """Scores of clusters of opened groups, `count` from place `first` on, for one problem's rows.
 
-    entries [max_opened, 3] int32: first column of the group's clusters, clusters, first packed
-    place. Writes log_mass [Z, P, width], members [3, Z, width] (column, size, first slot) and
-    piece_lse [Z, max_opened * num_pieces, P]. Reads 4 D bytes of each cluster.
+    members [3, Z, width]: columns of the clusters; writes their sizes and first slots behind,
+    log_mass [Z, P, width], and tile_lse [Z, max_tiles, P]. Reads 4 D bytes of each cluster.
     """
-    entry = entries + piece // num_pieces * 3
-    start = piece % num_pieces * TILE
-    first = tl.load(entry)
-    count = tl.load(entry + 1)
-    packed = tl.load(entry + 2)
     row = tl.arange(0, BLOCK_R)
     is_row = row < P
-    unit = start + tl.arange(0, TILE)
-    is_unit = (unit < count) & (packed + unit < width)
-    at = first + unit
+    unit = first + tl.arange(0, TILE)
+    is_unit = tl.arange(0, TILE) < count
+    plane = num_problems.to(tl.int64) * width
+    member = members + z.to(tl.int64) * width + unit
+    at = tl.load(member, mask=is_unit, other=0)
     is_loaded = is_unit[:, None]
     c = tl.load(rows_at(centroids, at, D), mask=is_loaded, other=0.0)
     var = tl.load(rows_at(variances, at, D), mask=is_loaded, other=0.0)
     sizes = tl.load(sizes_at + at, mask=is_unit, other=0)
     starts = tl.load(starts_at + at, mask=is_unit, other=0)
     mass = score_rows(x, x_low, squares, squares_low, factor, c, var, sizes, is_unit)
-    where = (z * P + row[None, :]).to(tl.int64) * width + (packed + unit)[:, None]
+    where = (z * P + row[None, :]).to(tl.int64) * width + unit[:, None]
     tl.store(log_mass + where, mass, mask=is_loaded & is_row[None, :])
-    plane = num_problems.to(tl.int64) * width
-    member = members + z.to(tl.int64) * width + packed + unit
-    tl.store(member, at, mask=is_unit)
     tl.store(member + plane, sizes, mask=is_unit)
     tl.store(member + 2 * plane, starts, mask=is_unit)
-    own = piece_lse + (z * max_opened * num_pieces + piece) * P + row
-    tl.store(own, log_sum(mass, 0), mask=is_row)
+    tl.store(tile_lse + (z * max_tiles + tile) * P + row, log_sum(mass, 0), mask=is_row)

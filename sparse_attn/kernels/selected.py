@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_attn.estimate import Missed
 from sparse_attn.folds import NUM_FOLDS
-from sparse_attn.kernels.choice import Choice, Opened
+from sparse_attn.kernels.choice import Choice
 from sparse_attn.kernels.decode import (
     KV_TYPES,
     Attended,
@@ -114,13 +114,10 @@ class CentroidDecode:
         self._packed = _least(self._clusters.max_units, opening.keys) if self._is_deep else 1
         self._members = ints(3, z, self._packed)
         self._packed_mass = floats(z, p, self._packed).fill_(-float("inf"))
-        num_opened = first.max_units if self._is_deep else 1
-        self._opened = ints(z, num_opened, 3)
+        self._opened = ints(z, first.max_units if self._is_deep else 1, 3)
         self._entries = ints(z, min(self.capacity, max(1, self._clusters.max_units)), 3)
-        self._opened_bounds, self.packed_bounds = ints(z, 9), ints(num_layers, z, 9)
-        self._entry_bounds = ints(z, 9)
-        self._num_pieces = triton.cdiv(first.most_counted, TILE_MEMBERS)
-        self._piece_lse = floats(z, num_opened * self._num_pieces, p)
+        self.packed_bounds = ints(num_layers, z, 9)
+        self._opened_lse = floats(z, self._packed // TILE_MEMBERS + NUM_FOLDS, p)
         widest = max(self._width, self._packed)
         self._scratch = ints(z, widest)
         tiles = self._num_steady + self.capacity // self._division["TILE_READ"] + NUM_FOLDS
@@ -146,9 +143,9 @@ class CentroidDecode:
             opened=None,
             scratch=self._scratch,
             entries=self._opened if is_deep else self._entries,
-            entry_bounds=self._opened_bounds if is_deep else self._entry_bounds,
             place_bounds=(self.packed_bounds if is_deep else self.slot_bounds)[layer],
-            slots=None if is_deep else self.slots,
+            places=self._members[0] if is_deep else self.slots,
+            span=64 if is_deep else 8,
             most_keys=self._most_keys,
             expected=self._width,
         )
@@ -167,14 +164,12 @@ class CentroidDecode:
             num_steady=self._num_steady,
             tile_lse=self._rows.lse[:, self._bases[1] :],
             num_tiles=self._first.max_tiles,
-            opened=Opened(
-                lse=self._piece_lse, bounds=self._opened_bounds, num_pieces=self._num_pieces
-            ),
+            opened=self._opened_lse,
             scratch=self._scratch,
             entries=self._entries,
-            entry_bounds=self._entry_bounds,
             place_bounds=self.slot_bounds[layer],
-            slots=self.slots,
+            places=self.slots,
+            span=8,
             most_keys=most_keys,
             expected=most_keys // mean_keys,
         )
@@ -301,15 +296,15 @@ class CentroidDecode:
 
     def _open(self, layer: int, q: Tensor) -> None:
         heads, first, rows = self.heads, self._first, self._rows
-        programs = max(1, min(self._opened.shape[1], _PROGRAMS[0] // heads.num_problems))
+        programs = max(1, _PROGRAMS[0] // heads.num_problems)
         open_kernel[programs, heads.num_problems](
             q, first.tiles, first.tile_first, first.addresses[layer], self._mass,
-            self._clusters.addresses[layer], self._opened, self._opened_bounds, self._packed_mass,
-            self._members, self._piece_lse, rows.out, rows.lse,
+            self._clusters.addresses[layer], self.packed_bounds[layer], self._packed_mass,
+            self._members, self._opened_lse, rows.out, rows.lse,
             self._scale, heads.num_queries, rows.num_parts, self._width, self._packed,
-            self._opened.shape[1], self._num_pieces, self._bases[1],
+            self._opened_lse.shape[1], self._bases[1],
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, BLOCK_R=heads.block,
-            TILE=TILE_UNITS, TILE_MEMBERS=TILE_MEMBERS, num_warps=4,
+            BLOCK_N=TILE_UNITS, TILE_MEMBERS=TILE_MEMBERS, num_warps=4,
         )  # fmt: skip
 
     def _read(self, layer: int, q: Tensor) -> None:
@@ -325,7 +320,7 @@ class CentroidDecode:
             *self._bases,
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=rows.kv,
             BLOCK_R=heads.block, TILE=TILE_UNITS, IS_DEEP=self._is_deep, KEEPS=self._keeps,
-            STORED=self._stored, num_warps=4, **self._division,
+            STORED=self._stored, **self._division,
         )  # fmt: skip
 
 

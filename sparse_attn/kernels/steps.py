@@ -12,7 +12,7 @@ import triton.language as tl
 from sparse_attn.kernels.common import address, fit_queries, fold_of, pick, tiles_of_folds
 from sparse_attn.kernels.dense import attend_run
 from sparse_attn.kernels.read import estimate_members, estimate_tile, read_tile
-from sparse_attn.kernels.score import load_queries, score_piece, score_tile
+from sparse_attn.kernels.score import load_queries, score_members, score_tile
 
 
 @triton.jit
@@ -43,23 +43,24 @@ def look_kernel(
 
 @triton.jit
 def open_kernel(
-    q, tiles, tile_first, group_tables, group_mass, tables, opened, opened_bounds, log_mass,
-    members, piece_lse, part_out, part_lse,
-    scale, num_queries, num_parts, group_width, width, max_opened, num_pieces, base,
-    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
-    TILE_MEMBERS: tl.constexpr,
+    q, tiles, tile_first, group_tables, group_mass, tables, packed_bounds, log_mass, members,
+    opened_lse, part_out, part_lse,
+    scale, num_queries, num_parts, group_width, width, max_opened, base,
+    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILE_MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """Estimate groups that stay closed, and score the clusters of those that are opened.
 
     Grid: (programs that share a problem, Z). tile_first: int32 [heads + 1], where each head's tiles
-    of groups begin. opened [Z, max_opened, 3] and opened_bounds [Z, 9] are what was taken.
+    of groups begin. members [Z, width]: the clusters to be opened, cut by packed_bounds [Z, 9].
     """
     z = tl.program_id(1)
     g = z % G
     document = z // (G * num_queries)
     first_tile = tl.load(tile_first + document * G + g)
     num_tiles = tl.load(tile_first + document * G + g + 1) - first_tile
-    num_items = num_tiles + tl.load(opened_bounds + z * 9 + 8) * num_pieces
+    from_, to, before, opened = tiles_of_folds(packed_bounds + z * 9, TILE_MEMBERS)
+    num_items = num_tiles + tl.sum(opened, 0)
     table = tables + document * 6
     at = g * tl.load(table + 3)
     row = tl.arange(0, BLOCK_R)
@@ -71,14 +72,17 @@ def open_kernel(
             estimate_tile(
                 tiles + (first_tile + item) * 4, z // G % num_queries, group_tables, group_mass,
                 part_out, part_lse, num_queries, group_width, base, num_parts, G, P, D, BLOCK_R,
-                TILE,
+                BLOCK_N, 1,
             )  # fmt: skip
         else:
-            score_piece(
-                z, item - num_tiles, x, x_low, squares, squares_low, factor,
-                opened + z * max_opened * 3, centroids, variances,
+            tile = item - num_tiles
+            fold = fold_of(before, opened, tile)
+            first = pick(from_, fold) + (tile - pick(before, fold)) * TILE_MEMBERS
+            count = tl.minimum(pick(to, fold) - first, TILE_MEMBERS)
+            score_members(
+                z, tile, first, count, x, x_low, squares, squares_low, factor, centroids, variances,
                 address(table + 2, tl.int32) + at, address(table + 4, tl.int32) + at,
-                log_mass, members, piece_lse, tl.num_programs(1), width, max_opened, num_pieces,
+                log_mass, members, opened_lse, tl.num_programs(1), width, max_opened,
                 P, D, BLOCK_R, TILE_MEMBERS,
             )  # fmt: skip
 
@@ -143,10 +147,11 @@ def read_kernel(
             value_sums = address(table + 5, tl.float16) + g * tl.load(table + 3) * D
             estimate_members(
                 z, first, count, base_members + tile, members, value_sums, log_mass, part_out,
-                part_lse, tl.num_programs(1), width, num_parts, P, D, BLOCK_R, TILE,
+                part_lse, tl.num_programs(1), width, num_parts, P, D, BLOCK_R, BLOCK_N, STAGES,
             )  # fmt: skip
         else:
             estimate_tile(
                 tiles + (first_tile + tile) * 4, z // G % num_queries, tables, log_mass, part_out,
-                part_lse, num_queries, width, base_tiles, num_parts, G, P, D, BLOCK_R, TILE,
+                part_lse, num_queries, width, base_tiles, num_parts, G, P, D, BLOCK_R, BLOCK_N,
+                STAGES,
             )  # fmt: skip

@@ -23,7 +23,7 @@ class UnitTables:
     groups. tiles: [n, 4] int32 (`score.score_tile`); tile_bounds, bounds: [B * G, 9] int32, of each
     head's folds among its tiles and its units; tile_first: [B * G + 1] int32; counts: [B * G]
     int32, units of a head, padding included; addresses: [L, B, 6] int64, what a kernel's `tables`
-    is, by layer. most_counted: the greatest of counted.
+    is, by layer.
     """
 
     def __init__(self, indexes: Sequence[CentroidIndex], *, of_groups: bool) -> None:
@@ -42,7 +42,6 @@ class UnitTables:
         self.sizes, self.slots, self.firsts, self.counted = (
             torch.stack([rows_of(x) for x in own]) for own in (sizes, slots, firsts, counted)
         )
-        self.most_counted = max((int(x.max()) for x in counted if x.numel()), default=1)
         bounds = units[0].bounds
         tiles, tile_bounds = _tile(bounds.tolist())
         self.bounds = bounds.int().to(device)
@@ -87,7 +86,6 @@ class UnitTables:
             tiles_before += part.tiles.shape[0]
         tile_first.append(torch.full_like(part.tile_first[:1], tiles_before))
         whole.tiles, whole.tile_first = torch.cat(tiles), torch.cat(tile_first)
-        whole.most_counted = max(part.most_counted for part in parts)
         whole.max_units = max(part.max_units for part in parts)
         whole.max_tiles = max(part.max_tiles for part in parts)
         return whole

@@ -3,7 +3,7 @@
 Units go in order of benefit, equal ones by lowest column, until the limit. Nothing is sorted: the
 benefit at which the limit is met is found by a search over the bits of a non-negative float, which
 are ordered as it is; units at exactly that benefit are taken one after another. What is taken comes
-out in order of columns, cut by fold: the slots of its keys, or the groups to be opened.
+out in order of columns, cut by fold: the slots of its keys, or the clusters of its groups.
 
 One program does it, so what counts is how often it waits: everything is asked for at once, and a
 step of the search is one exchange between its threads.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.common import LOWEST, address
+from sparse_attn.kernels.common import LOWEST, address, tiles_of_folds
 from sparse_attn.kernels.emit import emit, expand, hide_taken
 from sparse_attn.kernels.search import low_part, packed, search_keys, units_at
 from sparse_attn.kernels.take_mass import take_mass
@@ -75,24 +75,25 @@ def take_keys(
 
 @triton.jit
 def take_kernel(
-    log_mass, units, unit_bounds, steady_lse, tile_lse, opened_lse, opened_bounds,
-    scratch, entries, entry_bounds, place_bounds, slots,
-    width, num_queries, num_steady, steady_rows, num_tiles, tile_rows, num_pieces, max_opened,
+    log_mass, units, unit_bounds, steady_lse, tile_lse, opened_lse,
+    scratch, entries, place_bounds, places,
+    width, num_queries, num_steady, steady_rows, num_tiles, tile_rows, max_opened,
     limit, goal, max_entries, capacity,
     G: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
-    SHIFT: tl.constexpr, BY_HEAD: tl.constexpr, BY_MASS: tl.constexpr, EXPAND: tl.constexpr,
+    SHIFT: tl.constexpr, BY_HEAD: tl.constexpr, BY_MASS: tl.constexpr, TILE_OPENED: tl.constexpr,
+    SPAN: tl.constexpr,
 ):  # fmt: skip
     """Units of one problem, by falling benefit until `limit` keys or `goal` quanta of mass.
 
     Grid: (Z). log_mass [Z, P, width] is read, and set to -inf where a unit is taken. units: int64
     [heads, 3], addresses of a unit's keys, and of what an entry says of it, first slot and size or
-    first cluster and clusters; unless BY_HEAD, `members` (`score.score_piece`). unit_bounds [heads,
-    or Z, 9]: each fold's first unit. steady_lse [Z, steady_rows, P], of which num_steady count,
-    tile_lse [Z, tile_rows, P], of which num_tiles, and opened_lse [Z, max_opened, P] (or none), of
-    which num_pieces for each group in opened_bounds [Z, 9]: the log masses whose sum is
-    everything. Writes entries [Z, max_entries, 3], bounds by fold of entries and of places [Z, 9],
-    and slots [Z, capacity] where EXPAND. scratch [Z, width] int32 is used where a problem has more
-    than BLOCK units, and by mass.
+    first cluster and clusters; unless BY_HEAD, `members` (`score.score_members`). unit_bounds
+    [heads, or Z, 9]: each fold's first unit. steady_lse [Z, steady_rows, P], of which num_steady
+    count, tile_lse [Z, tile_rows, P], of which num_tiles, and opened_lse [Z, max_opened, P] (or
+    none), one a tile of TILE_OPENED units: the log masses whose sum is everything. Writes entries
+    [Z, max_entries, 3], places [Z, capacity], what the entries hold, and its bounds by fold [Z, 9].
+    scratch [Z, width] int32 is used where a problem has more than BLOCK units, and by mass. SPAN:
+    how much entries hold, about.
     """
     z = tl.program_id(0)
     row = z // (num_queries * G) * G + z % G if BY_HEAD else z
@@ -103,7 +104,8 @@ def take_kernel(
     num_opened = 0
     own_opened = opened_lse
     if opened_lse is not None:
-        num_opened = tl.load(opened_bounds + z * 9 + 8) * num_pieces
+        _, _, _, tiles = tiles_of_folds(unit_bounds + row * 9, TILE_OPENED)
+        num_opened = tl.sum(tiles, 0)
         own_opened = opened_lse + z * max_opened * P
     log_mass += z * P * width
     if BY_HEAD:
@@ -136,8 +138,7 @@ def take_kernel(
             max_entries, edges, P, BLOCK_P, BLOCK, SHIFT,
         )  # fmt: skip
     noted = tl.where(edges < count, noted, at)
-    tl.store(entry_bounds + z * 9 + fold, (noted >> SHIFT).to(tl.int32), mask=fold < 9)
     tl.store(place_bounds + z * 9 + fold, low_part(noted, SHIFT), mask=fold < 9)
-    if EXPAND:
-        tl.debug_barrier()
-        expand(slots + z * capacity, capacity, entries, (at >> SHIFT).to(tl.int32), 256)
+    tl.debug_barrier()
+    num_entries = (at >> SHIFT).to(tl.int32)
+    expand(places + z * capacity, capacity, entries, num_entries, 2048 // SPAN, SPAN)

@@ -44,7 +44,6 @@ def sizes_of(document: DecodeDocument) -> PlanSizes:
         steady=SHAPE.num_steady,
         columns=index.clusters.num_units,
         groups=index.groups.num_units,
-        group_size=SHAPE.group_size,
     )
 
 

@@ -1,7 +1,7 @@
 """The decode kernels as they are launched, for compiling where there is no GPU.
 
-`KERNELS`: (kernel, signature, constexprs, options) of each, the same for NVIDIA and AMD. Pointers
-are multiples of 16 bytes at run time; other numbers are not specialised. Import this where
+`KERNELS`: (kernel, signature, constexprs, options) of each, `KERNELS_AMD` the same for gfx942.
+Pointers are multiples of 16 bytes at run time; other numbers are not specialised. Import this where
 TRITON_INTERPRET is not set.
 """
 
@@ -118,19 +118,19 @@ def _open(kv: str, head_dim: int, per_group: int) -> Entry:
         "group_tables": _LONG,
         "group_mass": _FLOAT,
         "tables": _LONG,
-        **_pointers(_INT, "opened", "opened_bounds"),
+        "packed_bounds": _INT,
         "log_mass": _FLOAT,
         "members": _INT,
-        "piece_lse": _FLOAT,
+        "opened_lse": _FLOAT,
         **_PARTS,
         "scale": "fp32",
         **_counts("num_queries", "num_parts", "group_width", "width", "max_opened"),
-        **_counts("num_pieces", "base"),
+        "base": "i32",
     }
     constants = {
         **_shape(per_group, head_dim),
         "BLOCK_R": _rows(per_group),
-        "TILE": TILE_UNITS,
+        "BLOCK_N": TILE_UNITS,
         "TILE_MEMBERS": TILE_MEMBERS,
     }
     return steps.open_kernel, signature, constants, {"num_warps": 4}
@@ -160,17 +160,19 @@ def _read(
         **_counts("num_queries", "num_parts", "capacity", "width"),
         **_counts("base_read", "base_tiles", "base_members"),
     }
+    options = read_options(capacity, head_dim)
+    warps = options.pop("num_warps")
     constants = {
         **_shape(per_group, head_dim),
         "KV": _KV[kv],
         "BLOCK_R": _rows(per_group),
-        **read_options(capacity, head_dim),
+        **options,
         "TILE": TILE_UNITS,
         "IS_DEEP": is_deep,
         "KEEPS": keeps,
         "STORED": stored or _KV[kv],
     }
-    return steps.read_kernel, signature, constants, {"num_warps": 4}
+    return steps.read_kernel, signature, constants, {"num_warps": warps}
 
 
 def _take(per_group: int, block: int, *, by_mass: bool, expands: bool, shift: int = 20) -> Entry:
@@ -179,9 +181,9 @@ def _take(per_group: int, block: int, *, by_mass: bool, expands: bool, shift: in
         "units": _INT if expands else _LONG,
         "unit_bounds": _INT,
         **_pointers(_FLOAT, "steady_lse", "tile_lse"),
-        **_pointers(_INT, "scratch", "entries", "entry_bounds", "place_bounds", "slots"),
+        **_pointers(_INT, "scratch", "entries", "place_bounds", "places"),
         **_counts("width", "num_queries", "num_steady", "steady_rows", "num_tiles", "tile_rows"),
-        **_counts("num_pieces", "max_opened", "limit", "max_entries", "capacity"),
+        **_counts("max_opened", "limit", "max_entries", "capacity"),
         "goal": "i64",
     }
     constants = {
@@ -192,17 +194,20 @@ def _take(per_group: int, block: int, *, by_mass: bool, expands: bool, shift: in
         "SHIFT": shift,
         "BY_HEAD": not expands,
         "BY_MASS": by_mass,
-        "EXPAND": expands,
+        "TILE_OPENED": TILE_MEMBERS,
+        "SPAN": 8 if expands else 64,
     }
     if expands:
-        signature |= {"opened_lse": _FLOAT, "opened_bounds": _INT}
+        signature |= {"opened_lse": _FLOAT}
     else:
-        constants |= {"opened_lse": None, "opened_bounds": None}
+        constants |= {"opened_lse": None}
     options = {"num_warps": 8 if block == MOST_AT_ONCE else 4}
     return take.take_kernel, signature, constants, options
 
 
-def _merge(kv: str, head_dim: int, per_group: int, num_lists: int) -> Entry:
+def _merge(
+    kv: str, head_dim: int, per_group: int, num_lists: int, *, is_early: bool = False
+) -> Entry:
     signature = {
         **_PARTS,
         **_pointers(_INT, "bounds_read", "bounds_tiles", "bounds_members"),
@@ -223,6 +228,7 @@ def _merge(kv: str, head_dim: int, per_group: int, num_lists: int) -> Entry:
         "TILE_MEMBERS": 1 if num_lists == 1 else TILE_UNITS,
         "LISTS": num_lists,
         "READS_ALL": num_lists == 1,
+        "EARLY": is_early,
     }
     return merge.merge_kernel, signature, constants, options
 
@@ -296,4 +302,9 @@ def _each() -> Iterator[Entry]:
                 yield _take(per_group, block, by_mass=by_mass, expands=False, shift=32)
 
 
-KERNELS: list[Entry] = list(_each())
+KERNELS_AMD: list[Entry] = list(_each())
+# What starts early, or lets others, is of NVIDIA alone.
+KERNELS: list[Entry] = [
+    *KERNELS_AMD,
+    *(_merge("bf16", 128, 4, num_lists, is_early=True) for num_lists in (1, 3)),
+]
