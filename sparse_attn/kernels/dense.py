@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from sparse_attn.kernels.common import LN_2, LOG2_E, LOWEST, address, fit_queries, load_stored
+from sparse_attn.kernels.early import let_next_start
 
 STEADY_SLOTS = 128  # of the keys that every query reads, where one program would wait for another
 # Columns of a run: addresses of its first key and value, slots, index of its part within the head,
@@ -123,12 +124,13 @@ def attend_runs_kernel(
     q, runs, visible, part_out, part_lse, scores, scale, num_queries, num_parts, num_slots,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr, KEEPS: tl.constexpr,
-    STORED: tl.constexpr,
+    STORED: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """out = softmax(scale q K^T) V over one run, for a block of rows.
 
     Grid: (runs, blocks of rows). Reads two rows of D elements of each of the run's slots.
     """
+    let_next_start(EARLY)
     attend_run(
         q, runs + tl.program_id(0).to(tl.int64) * 8, visible, part_out, part_lse, scores, scale,
         num_queries, num_parts, num_slots, tl.program_id(1), G, P, D, KV, BLOCK_R, BLOCK_N, STAGES,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from sparse_attn.kernels.common import LOWEST, halves, log_add, tiles_of_folds
-from sparse_attn.kernels.early import let_next_start
+from sparse_attn.kernels.early import let_next_start, wait_for_last
 
 
 def merge_options(head_dim: int) -> dict[str, int]:
@@ -139,6 +139,8 @@ def merge_kernel(
     if LISTS > 2:
         rest_from, rest = parts_of_folds(bounds_members + z * 9, base_members, TILE_MEMBERS)
         count = tiles_to + rest
+    # The bounds are older than the kernel ahead, which wrote the last of the parts.
+    wait_for_last(EARLY)
     steady, steady_lse = merge_steady(out_at, lse_at, num_steady, p, column, P, D, BLOCK, 8)
     own = tl.zeros((8, BLOCK), tl.float32)
     high = tl.full((8,), -float("inf"), tl.float32)

@@ -26,6 +26,7 @@ from sparse_attn.kernels.decode import (
     check_documents,
 )
 from sparse_attn.kernels.dense import STEADY_SLOTS
+from sparse_attn.kernels.early import can_start_early
 from sparse_attn.kernels.evidence import Evidence
 from sparse_attn.kernels.pieces import count_steady, runs_of, steady_pieces
 from sparse_attn.kernels.read import read_options
@@ -303,8 +304,9 @@ class CentroidDecode:
             self._members, self._opened_lse, rows.out, rows.lse,
             self._scale, heads.num_queries, rows.num_parts, self._width, self._packed,
             self._opened_lse.shape[1], self._bases[1],
-            G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, BLOCK_R=heads.block,
-            BLOCK_N=TILE_UNITS, TILE_MEMBERS=TILE_MEMBERS, num_warps=4,
+            G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim,
+            BLOCK_R=max(8, triton.next_power_of_2(heads.per_group)), BLOCK_N=TILE_UNITS,
+            TILE_MEMBERS=TILE_MEMBERS, num_warps=4,
         )  # fmt: skip
 
     def _read(self, layer: int, q: Tensor) -> None:
@@ -320,7 +322,7 @@ class CentroidDecode:
             *self._bases,
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=rows.kv,
             BLOCK_R=heads.block, TILE=TILE_UNITS, IS_DEEP=self._is_deep, KEEPS=self._keeps,
-            STORED=self._stored, **self._division,
+            STORED=self._stored, EARLY=can_start_early(q.device), **self._division,
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from sparse_attn.kernels.common import address, fit_queries, fold_of, pick, tiles_of_folds
 from sparse_attn.kernels.dense import attend_run
+from sparse_attn.kernels.early import let_next_start
 from sparse_attn.kernels.read import estimate_members, estimate_tile, read_tile
 from sparse_attn.kernels.score import load_queries, score_members, score_tile
 
@@ -94,7 +95,7 @@ def read_kernel(
     scale, num_queries, num_parts, capacity, width, base_read, base_tiles, base_members,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_READ: tl.constexpr, STAGES: tl.constexpr, TILE: tl.constexpr,
-    IS_DEEP: tl.constexpr, KEEPS: tl.constexpr, STORED: tl.constexpr,
+    IS_DEEP: tl.constexpr, KEEPS: tl.constexpr, STORED: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Read the slots that were chosen, and estimate the clusters that were not.
 
@@ -102,6 +103,7 @@ def read_kernel(
     [N, D] of type STORED (`dense.attend_run`), and of their scales [G, 2]. IS_DEEP: the clusters
     are `members` of opened groups, else those of `tiles`.
     """
+    let_next_start(EARLY)
     z = tl.program_id(1)
     g = z % G
     document = z // (G * num_queries)

@@ -129,7 +129,7 @@ def _open(kv: str, head_dim: int, per_group: int) -> Entry:
     }
     constants = {
         **_shape(per_group, head_dim),
-        "BLOCK_R": _rows(per_group),
+        "BLOCK_R": max(8, triton.next_power_of_2(per_group)),
         "BLOCK_N": TILE_UNITS,
         "TILE_MEMBERS": TILE_MEMBERS,
     }
@@ -217,7 +217,8 @@ def _merge(
             "num_queries", "num_parts", "num_steady", "base_read", "base_tiles", "base_members"
         ),
     }
-    options = merge_options(head_dim)
+    options: dict[str, int] = merge_options(head_dim)
+    options |= {"launch_pdl": True} if is_early else {}
     constants = {
         "G": 8,
         "P": per_group,
