@@ -74,7 +74,9 @@ def selected_plan_bytes(sizes: PlanSizes, reading: Reading, num_queries: int) ->
     opened = min(sizes.columns, _OPENED * reading.keys) if is_deep else 1
     looked_at = first if is_deep else 1
     tiles = _FOLDS * -(-first // (_FOLDS * _UNITS))
-    tile = _TILE if reading.keys <= _LONG_LIMIT else _LONG_TILE
+    tile = _LONG_TILE
+    if reading.keys <= _LONG_LIMIT:
+        tile = _TILE if sizes.head_dim <= 128 else _TILE // 2
     members = opened // _UNITS + _FOLDS if is_deep else 0
     parts = -(-sizes.steady // _STEADY) + capacity // tile + _FOLDS + tiles + members
     pieces = opened // _MEMBERS + _FOLDS

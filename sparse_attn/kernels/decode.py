@@ -64,9 +64,9 @@ class Heads:
         return self.num_documents * self.num_queries * self.num_kv_heads
 
     @property
-    def block(self) -> int:
-        """Rows of one problem, filled up to what a matrix product takes."""
-        return max(16, 1 << (self.per_group - 1).bit_length())
+    def columns(self) -> int:
+        """Rows of one problem, filled up to what the right of a matrix product takes."""
+        return max(8, 1 << (self.per_group - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

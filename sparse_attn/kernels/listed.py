@@ -12,7 +12,7 @@ from sparse_attn.folds import NUM_FOLDS
 from sparse_attn.kernels.decode import Attended, Heads, Rows
 from sparse_attn.kernels.decode_checks import check_keys
 from sparse_attn.kernels.early import can_start_early
-from sparse_attn.kernels.read import read_options
+from sparse_attn.kernels.read import read_launch, read_options
 from sparse_attn.kernels.score import TILE_UNITS
 from sparse_attn.kernels.steps import read_kernel
 
@@ -70,8 +70,10 @@ class ListedDecode:
             rows.lse, rows.out, rows.lse,
             self._scale, heads.num_queries, rows.num_parts, self._capacity, 1, 0, 0, 0,
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=rows.kv,
-            BLOCK_R=heads.block, TILE=TILE_UNITS, IS_DEEP=False, KEEPS=False,
-            STORED=rows.kv, EARLY=can_start_early(q.device), **self._division,
+            TILE=TILE_UNITS, IS_DEEP=False, KEEPS=False, STORED=rows.kv, ESTIMATES=False,
+            **read_launch(
+                self._division, heads.head_dim, heads.per_group, is_early=can_start_early(q.device)
+            ),
         )  # fmt: skip
         return rows.merge(
             (bounds, none, none),

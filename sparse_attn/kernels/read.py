@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.common import LOG2_E, LOWEST, address, load_stored, rows_at
+from sparse_attn.kernels.common import LN_2, LOG2_E, LOWEST, address, load_stored, rows_at
 from sparse_attn.kernels.dense import softmax_step, store_part
 
 LONG = 4096  # a selection of more slots is read in longer tiles
@@ -18,18 +18,77 @@ LONG = 4096  # a selection of more slots is read in longer tiles
 
 def read_options(limit: int | None, head_dim: int) -> dict[str, int]:
     """How a selection of at most `limit` slots (None: any number) is divided: one piece a tile
-    where few are read and a program waits, else several, of which the next is asked for while one
-    is used. Goes by nothing but the limit, so that a query's bits do not.
+    where few are read and a program waits, else many, several of which are asked for ahead. Goes by
+    nothing but the limit, so that a query's bits do not.
     """
     if limit is not None and limit <= LONG:
-        block = 64 if head_dim > 128 else 128
-        return {"TILE_READ": 128, "BLOCK_N": block, "STAGES": 1, "num_warps": 4}
+        tile = 64 if head_dim > 128 else 128
+        return {"TILE_READ": tile, "BLOCK_N": tile, "STAGES": 1, "num_warps": 4}
     stages = 3 if head_dim > 128 else 5
     return {"TILE_READ": 1024, "BLOCK_N": 32, "STAGES": stages, "num_warps": 2}
 
 
+def read_launch(
+    options: dict[str, int], head_dim: int, per_group: int, *, is_early: bool
+) -> dict[str, int]:
+    """Keywords of a launch of `read_kernel` with these `read_options`; is_early: on a device whose
+    next kernel may start early (`early.py`).
+
+    Queries are on the right of a product in short tiles, and there filled up to 8. Registers are
+    limited so that three programs of short tiles run on a multiprocessor, not two.
+    """
+    is_short = options["STAGES"] == 1
+    rows = max(8 if is_short else 16, triton.next_power_of_2(per_group))
+    limits = {"maxnreg": 168} if is_early and is_short and head_dim <= 128 else {}
+    return {**options, **limits, "BLOCK_R": rows, "EARLY": is_early}
+
+
 @triton.jit
-def read_tile(
+def store_columns(out_ptr, lse_ptr, rows, is_row, high, total, out, D: tl.constexpr):
+    """`dense.store_part` of out [D, R]."""
+    is_seen = total > 0.0
+    safe = tl.where(is_seen, total, 1.0)
+    lse = tl.where(is_seen, (high + tl.log2(safe)) * LN_2, -float("inf"))
+    tl.store(lse_ptr + rows, lse, mask=is_row)
+    at = out_ptr + rows[None, :] * D + tl.arange(0, D)[:, None]
+    tl.store(at, out / safe[None, :], mask=is_row[None, :])
+
+
+@triton.jit
+def read_short(
+    z, x, keys, values, slots, first, count, part, part_out, part_lse, scores, scale, value_scale,
+    capacity, num_parts,
+    P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, STORED: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, KEEPS: tl.constexpr,
+):  # fmt: skip
+    """`read_long` of at most BLOCK_N slots, all asked for at once; x, scale: turned.
+
+    Keys are the left operand: a product has at least 16 rows on its left, but 8 on its right.
+    """
+    row = tl.arange(0, BLOCK_P)
+    is_row = row < P
+    place = tl.arange(0, BLOCK_N)
+    is_slot = place < count
+    slot = tl.load(slots + first + place, mask=is_slot, other=0).to(tl.int64)
+    k = load_stored(keys, slot, is_slot, D, KV, STORED)
+    v = load_stored(values, slot, is_slot, D, KV, STORED)
+    product = tl.dot(k, x, input_precision="ieee") * scale
+    if KEEPS:
+        kept = scores + (z * P + row)[None, :].to(tl.int64) * capacity
+        kept += first + place[:, None]
+        tl.store(kept, product, mask=is_slot[:, None] & is_row[None, :])
+    hidden = tl.where(is_slot[:, None], product * LOG2_E, -float("inf"))
+    high = tl.maximum(tl.max(hidden, 0), LOWEST)
+    weights = tl.exp2(hidden - high[None, :])
+    out = tl.dot(tl.trans(v), weights.to(v.dtype), input_precision="ieee")
+    if STORED != KV:
+        out *= value_scale
+    rows = (z * num_parts + part) * P + row
+    store_columns(part_out, part_lse, rows, is_row, high, tl.sum(weights, 0), out, D)
+
+
+@triton.jit
+def read_long(
     z, x, keys, values, slots, first, count, part, part_out, part_lse, scores, scale, value_scale,
     capacity, num_parts,
     P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, STORED: tl.constexpr,
@@ -79,10 +138,10 @@ def estimate_units(
     """
     row = tl.arange(0, BLOCK_P)
     is_row = row < P
-    mass_at = log_mass + (z * P + row)[:, None].to(tl.int64) * width
+    mass_at = log_mass + (z * P + row)[None, :].to(tl.int64) * width
     high = tl.full((BLOCK_P,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_P,), tl.float32)
-    out = tl.zeros((BLOCK_P, D), tl.float32)
+    out = tl.zeros((D, BLOCK_P), tl.float32)
     for start in tl.range(0, count, BLOCK_N, num_stages=STAGES):
         place = start + tl.arange(0, BLOCK_N)
         is_unit = place < count
@@ -94,17 +153,17 @@ def estimate_units(
             at = tl.load(columns + unit, mask=is_unit, other=0)
             sizes = tl.load(sizes_at + unit, mask=is_unit, other=0)
         v = tl.load(rows_at(value_sums, at, D), mask=is_unit[:, None], other=0.0)
-        is_own = is_row[:, None] & is_unit[None, :]
-        mass = tl.load(mass_at + unit[None, :], mask=is_own, other=-float("inf"))
-        new_high = tl.maximum(high, tl.max(mass, 1))
+        is_own = is_unit[:, None] & is_row[None, :]
+        mass = tl.load(mass_at + unit[:, None], mask=is_own, other=-float("inf"))
+        new_high = tl.maximum(high, tl.max(mass, 0))
         shrink = tl.exp(high - new_high)
-        weights = tl.exp(mass - new_high[:, None])
-        means = weights / tl.maximum(sizes, 1).to(tl.float32)[None, :]
-        total = total * shrink + tl.sum(weights, 1)
-        out = tl.dot(means.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        weights = tl.exp(mass - new_high[None, :])
+        means = weights / tl.maximum(sizes, 1).to(tl.float32)[:, None]
+        total = total * shrink + tl.sum(weights, 0)
+        out = tl.dot(tl.trans(v), means.to(v.dtype), out * shrink[None, :], input_precision="ieee")
         high = new_high
     rows = (z * num_parts + part) * P + row
-    store_part(part_out, part_lse, rows, is_row, high * LOG2_E, total, out, D)
+    store_columns(part_out, part_lse, rows, is_row, high * LOG2_E, total, out, D)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from sparse_attn.kernels.dense import STEADY_SLOTS
 from sparse_attn.kernels.early import can_start_early
 from sparse_attn.kernels.evidence import Evidence
 from sparse_attn.kernels.pieces import count_steady, runs_of, steady_pieces
-from sparse_attn.kernels.read import read_options
+from sparse_attn.kernels.read import read_launch, read_options
 from sparse_attn.kernels.score import TILE_MEMBERS, TILE_UNITS
 from sparse_attn.kernels.steps import look_kernel, open_kernel, read_kernel
 from sparse_attn.kernels.tables import Tables, join_tables, rows_of, tables_of
@@ -37,8 +37,9 @@ from sparse_attn.kernels.tails import sample_unread
 from sparse_attn.select.base import Limit
 from sparse_attn.select.centroid import opening_limit
 
-# Programs that share what is opened, and what is read: as many as run at once.
-_PROGRAMS = (528, 264)
+# Programs that share what is opened, and what is read: as many as run at once, and of one problem
+# at least so many, where there are enough problems.
+_PROGRAMS, _LEAST = (528, 264), (16, 8)
 
 
 class CentroidDecode:
@@ -297,7 +298,7 @@ class CentroidDecode:
 
     def _open(self, layer: int, q: Tensor) -> None:
         heads, first, rows = self.heads, self._first, self._rows
-        programs = max(1, _PROGRAMS[0] // heads.num_problems)
+        programs = max(_LEAST[0], _PROGRAMS[0] // heads.num_problems)
         open_kernel[programs, heads.num_problems](
             q, first.tiles, first.tile_first, first.addresses[layer], self._mass,
             self._clusters.addresses[layer], self.packed_bounds[layer], self._packed_mass,
@@ -305,14 +306,14 @@ class CentroidDecode:
             self._scale, heads.num_queries, rows.num_parts, self._width, self._packed,
             self._opened_lse.shape[1], self._bases[1],
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim,
-            BLOCK_R=max(8, triton.next_power_of_2(heads.per_group)), BLOCK_N=TILE_UNITS,
+            BLOCK_R=heads.columns, BLOCK_N=TILE_UNITS,
             TILE_MEMBERS=TILE_MEMBERS, num_warps=4,
         )  # fmt: skip
 
     def _read(self, layer: int, q: Tensor) -> None:
         heads, first, rows = self.heads, self._first, self._rows
         mass = self._packed_mass if self._is_deep else self._mass
-        programs = max(1, _PROGRAMS[1] // heads.num_problems)
+        programs = max(_LEAST[1], _PROGRAMS[1] // heads.num_problems)
         read_kernel[programs, heads.num_problems](
             q, self._kv[layer], self.slots, self.slot_bounds[layer], self._scores, first.tiles,
             first.tile_first, self._clusters.addresses[layer], self._members,
@@ -321,8 +322,11 @@ class CentroidDecode:
             self._scale, heads.num_queries, rows.num_parts, self.capacity, mass.shape[2],
             *self._bases,
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=rows.kv,
-            BLOCK_R=heads.block, TILE=TILE_UNITS, IS_DEEP=self._is_deep, KEEPS=self._keeps,
-            STORED=self._stored, EARLY=can_start_early(q.device), **self._division,
+            TILE=TILE_UNITS, IS_DEEP=self._is_deep, KEEPS=self._keeps, STORED=self._stored,
+            ESTIMATES=self._estimates,
+            **read_launch(
+                self._division, heads.head_dim, heads.per_group, is_early=can_start_early(q.device)
+            ),
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from sparse_attn.kernels.common import address, fit_queries, fold_of, pick, tiles_of_folds
 from sparse_attn.kernels.dense import attend_run
 from sparse_attn.kernels.early import let_next_start
-from sparse_attn.kernels.read import estimate_members, estimate_tile, read_tile
+from sparse_attn.kernels.read import estimate_members, estimate_tile, read_long, read_short
 from sparse_attn.kernels.score import load_queries, score_members, score_tile
 
 
@@ -95,9 +95,10 @@ def read_kernel(
     scale, num_queries, num_parts, capacity, width, base_read, base_tiles, base_members,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_READ: tl.constexpr, STAGES: tl.constexpr, TILE: tl.constexpr,
-    IS_DEEP: tl.constexpr, KEEPS: tl.constexpr, STORED: tl.constexpr, EARLY: tl.constexpr = False,
+    IS_DEEP: tl.constexpr, KEEPS: tl.constexpr, STORED: tl.constexpr, ESTIMATES: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
-    """Read the slots that were chosen, and estimate the clusters that were not.
+    """Read the slots that were chosen, and, where ESTIMATES, estimate the clusters that were not.
 
     Grid: (programs that share a problem, Z). documents: int64 [documents, 3], addresses of k and v
     [N, D] of type STORED (`dense.attend_run`), and of their scales [G, 2]. IS_DEEP: the clusters
@@ -116,44 +117,58 @@ def read_kernel(
     keys = address(documents + document * 3, STORED)
     values = address(documents + document * 3 + 1, STORED)
     value_scale = 1.0
+    IS_SHORT: tl.constexpr = STAGES == 1
     if STORED == KV:
         x = x.to(KV)
     else:
         x, power = fit_queries(x, KV, STORED)
         scales = address(documents + document * 3 + 2, tl.float32) + 2 * g
-        scale *= tl.load(scales) * power[:, None]
+        scale *= tl.load(scales) * (power[None, :] if IS_SHORT else power[:, None])
         value_scale = tl.load(scales + 1)
+    if IS_SHORT:
+        x = tl.trans(x)
     read_from, read_to, read_before, reads = tiles_of_folds(slot_bounds + z * 9, TILE_READ)
     num_reads = tl.sum(reads, 0)
-    if IS_DEEP:
-        from_, to, units_before, units = tiles_of_folds(packed_bounds + z * 9, TILE)
-        num_tiles = num_reads + tl.sum(units, 0)
-    else:
-        first_tile = tl.load(tile_first + head)
-        num_tiles = num_reads + tl.load(tile_first + head + 1) - first_tile
+    num_tiles = num_reads
+    if ESTIMATES:
+        if IS_DEEP:
+            from_, to, units_before, units = tiles_of_folds(packed_bounds + z * 9, TILE)
+            num_tiles = num_reads + tl.sum(units, 0)
+        else:
+            first_tile = tl.load(tile_first + head)
+            num_tiles = num_reads + tl.load(tile_first + head + 1) - first_tile
     for item in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=1):
         tile = item - num_reads
         if item < num_reads:
             fold = fold_of(read_before, reads, item)
             first = pick(read_from, fold) + (item - pick(read_before, fold)) * TILE_READ
             count = tl.minimum(pick(read_to, fold) - first, TILE_READ)
-            read_tile(
-                z, x, keys, values, slots + z.to(tl.int64) * capacity, first, count,
-                base_read + item, part_out, part_lse, scores, scale, value_scale, capacity,
-                num_parts, P, D, KV, STORED, BLOCK_R, BLOCK_N, STAGES, KEEPS,
-            )  # fmt: skip
-        elif IS_DEEP:
-            fold = fold_of(units_before, units, tile)
-            first = pick(from_, fold) + (tile - pick(units_before, fold)) * TILE
-            count = tl.minimum(pick(to, fold) - first, TILE)
-            value_sums = address(table + 5, tl.float16) + g * tl.load(table + 3) * D
-            estimate_members(
-                z, first, count, base_members + tile, members, value_sums, log_mass, part_out,
-                part_lse, tl.num_programs(1), width, num_parts, P, D, BLOCK_R, BLOCK_N, STAGES,
-            )  # fmt: skip
-        else:
-            estimate_tile(
-                tiles + (first_tile + tile) * 4, z // G % num_queries, tables, log_mass, part_out,
-                part_lse, num_queries, width, base_tiles, num_parts, G, P, D, BLOCK_R, BLOCK_N,
-                STAGES,
-            )  # fmt: skip
+            own_slots = slots + z.to(tl.int64) * capacity
+            if IS_SHORT:
+                read_short(
+                    z, x, keys, values, own_slots, first, count, base_read + item, part_out,
+                    part_lse, scores, scale, value_scale, capacity, num_parts,
+                    P, D, KV, STORED, BLOCK_R, BLOCK_N, KEEPS,
+                )  # fmt: skip
+            else:
+                read_long(
+                    z, x, keys, values, own_slots, first, count, base_read + item, part_out,
+                    part_lse, scores, scale, value_scale, capacity, num_parts,
+                    P, D, KV, STORED, BLOCK_R, BLOCK_N, STAGES, KEEPS,
+                )  # fmt: skip
+        elif ESTIMATES:
+            if IS_DEEP:
+                fold = fold_of(units_before, units, tile)
+                first = pick(from_, fold) + (tile - pick(units_before, fold)) * TILE
+                count = tl.minimum(pick(to, fold) - first, TILE)
+                value_sums = address(table + 5, tl.float16) + g * tl.load(table + 3) * D
+                estimate_members(
+                    z, first, count, base_members + tile, members, value_sums, log_mass, part_out,
+                    part_lse, tl.num_programs(1), width, num_parts, P, D, BLOCK_R, BLOCK_N, STAGES,
+                )  # fmt: skip
+            else:
+                estimate_tile(
+                    tiles + (first_tile + tile) * 4, z // G % num_queries, tables, log_mass, part_out,
+                    part_lse, num_queries, width, base_tiles, num_parts, G, P, D, BLOCK_R, BLOCK_N,
+                    STAGES,
+                )  # fmt: skip

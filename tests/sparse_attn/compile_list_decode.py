@@ -17,7 +17,7 @@ from sparse_attn.estimate import MAX_LOG_RATIO, UNIFORM_SHARE
 from sparse_attn.kernels import dense, merge, sample, steps, tails, take
 from sparse_attn.kernels.decode import dense_options
 from sparse_attn.kernels.merge import merge_options
-from sparse_attn.kernels.read import LONG, read_options
+from sparse_attn.kernels.read import LONG, read_launch, read_options
 from sparse_attn.kernels.score import TILE_MEMBERS, TILE_UNITS
 from sparse_attn.kernels.search import MOST_AT_ONCE
 
@@ -145,6 +145,8 @@ def _read(
     keeps: bool = False,
     capacity: int = 2048,
     stored: Any = None,
+    estimates: bool = True,
+    is_early: bool = False,
 ) -> Entry:
     signature = {
         "q": f"*{kv}",
@@ -160,19 +162,19 @@ def _read(
         **_counts("num_queries", "num_parts", "capacity", "width"),
         **_counts("base_read", "base_tiles", "base_members"),
     }
-    options = read_options(capacity, head_dim)
-    warps = options.pop("num_warps")
+    division = read_launch(read_options(capacity, head_dim), head_dim, per_group, is_early=is_early)
+    options = {k: division.pop(k) for k in ("num_warps", "maxnreg") if k in division}
     constants = {
         **_shape(per_group, head_dim),
         "KV": _KV[kv],
-        "BLOCK_R": _rows(per_group),
-        **options,
+        **division,
         "TILE": TILE_UNITS,
         "IS_DEEP": is_deep,
         "KEEPS": keeps,
         "STORED": stored or _KV[kv],
+        "ESTIMATES": estimates,
     }
-    return steps.read_kernel, signature, constants, {"num_warps": warps}
+    return steps.read_kernel, signature, constants, options
 
 
 def _take(per_group: int, block: int, *, by_mass: bool, expands: bool, shift: int = 20) -> Entry:
@@ -291,6 +293,7 @@ def _each() -> Iterator[Entry]:
     yield _read("bf16", 128, 4, is_deep=True, keeps=True)
     for head_dim in (64, 128, 256):
         yield _read("bf16", head_dim, 4, capacity=LONG + 1)
+        yield _read("bf16", head_dim, 4, capacity=LONG + 1, estimates=False)
         yield _read("bf16", head_dim, 4, capacity=LONG + 1, is_deep=True)
     yield _merge("bf16", 128, 4, num_lists=1)
     yield _merge("bf16", 128, 4, num_lists=2)
@@ -308,4 +311,6 @@ KERNELS_AMD: list[Entry] = list(_each())
 KERNELS: list[Entry] = [
     *KERNELS_AMD,
     *(_merge("bf16", 128, 4, num_lists, is_early=True) for num_lists in (1, 3)),
+    *(_read("bf16", head_dim, 4, is_deep=True, is_early=True) for head_dim in (64, 128, 256)),
+    _read("bf16", 128, 4, is_deep=True, keeps=True, is_early=True, stored=tl.float8e4nv),
 ]
