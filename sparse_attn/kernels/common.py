@@ -63,6 +63,14 @@ def fold_of(before, tiles, tile):
 
 
 @triton.jit
+def span_of(first, last, before, tiles, tile, TILE: tl.constexpr):
+    """(start, length) of a tile of a list with these `tiles_of_folds`."""
+    fold = fold_of(before, tiles, tile)
+    start = pick(first, fold) + (tile - pick(before, fold)) * TILE
+    return start, tl.minimum(pick(last, fold) - start, TILE)
+
+
+@triton.jit
 def address(at, kind):
     """The pointer that is stored at `at` as an integer."""
     return tl.load(at).to(tl.pointer_type(kind))

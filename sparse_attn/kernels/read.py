@@ -124,6 +124,26 @@ def read_long(
 
 
 @triton.jit
+def read_tile(
+    z, x, keys, values, slots, first, count, part, part_out, part_lse, scores, scale, value_scale,
+    capacity, num_parts,
+    P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, STORED: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, KEEPS: tl.constexpr,
+):  # fmt: skip
+    """A tile as `read_options` says."""
+    if STAGES == 1:
+        read_short(
+            z, x, keys, values, slots, first, count, part, part_out, part_lse, scores, scale,
+            value_scale, capacity, num_parts, P, D, KV, STORED, BLOCK_P, BLOCK_N, KEEPS,
+        )  # fmt: skip
+    else:
+        read_long(
+            z, x, keys, values, slots, first, count, part, part_out, part_lse, scores, scale,
+            value_scale, capacity, num_parts, P, D, KV, STORED, BLOCK_P, BLOCK_N, STAGES, KEEPS,
+        )  # fmt: skip
+
+
+@triton.jit
 def estimate_units(
     z, part, log_mass, width, first, count, columns, base, sizes_at, value_sums, part_out, part_lse,
     num_parts,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.common import address, fit_queries, fold_of, pick, tiles_of_folds
+from sparse_attn.kernels.common import address, fit_queries, span_of, tiles_of_folds
 from sparse_attn.kernels.dense import attend_run
 from sparse_attn.kernels.early import let_next_start
-from sparse_attn.kernels.read import estimate_members, estimate_tile, read_long, read_short
+from sparse_attn.kernels.read import estimate_members, estimate_tile, read_tile
 from sparse_attn.kernels.score import load_queries, score_members, score_tile
 
 
@@ -77,9 +77,7 @@ def open_kernel(
             )  # fmt: skip
         else:
             tile = item - num_tiles
-            fold = fold_of(before, opened, tile)
-            first = pick(from_, fold) + (tile - pick(before, fold)) * TILE_MEMBERS
-            count = tl.minimum(pick(to, fold) - first, TILE_MEMBERS)
+            first, count = span_of(from_, to, before, opened, tile, TILE_MEMBERS)
             score_members(
                 z, tile, first, count, x, x_low, squares, squares_low, factor, centroids, variances,
                 address(table + 2, tl.int32) + at, address(table + 4, tl.int32) + at,
@@ -117,15 +115,14 @@ def read_kernel(
     keys = address(documents + document * 3, STORED)
     values = address(documents + document * 3 + 1, STORED)
     value_scale = 1.0
-    IS_SHORT: tl.constexpr = STAGES == 1
     if STORED == KV:
         x = x.to(KV)
     else:
         x, power = fit_queries(x, KV, STORED)
         scales = address(documents + document * 3 + 2, tl.float32) + 2 * g
-        scale *= tl.load(scales) * (power[None, :] if IS_SHORT else power[:, None])
+        scale *= tl.load(scales) * tl.expand_dims(power, 0 if STAGES == 1 else 1)
         value_scale = tl.load(scales + 1)
-    if IS_SHORT:
+    if STAGES == 1:
         x = tl.trans(x)
     read_from, read_to, read_before, reads = tiles_of_folds(slot_bounds + z * 9, TILE_READ)
     num_reads = tl.sum(reads, 0)
@@ -140,27 +137,15 @@ def read_kernel(
     for item in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=1):
         tile = item - num_reads
         if item < num_reads:
-            fold = fold_of(read_before, reads, item)
-            first = pick(read_from, fold) + (item - pick(read_before, fold)) * TILE_READ
-            count = tl.minimum(pick(read_to, fold) - first, TILE_READ)
-            own_slots = slots + z.to(tl.int64) * capacity
-            if IS_SHORT:
-                read_short(
-                    z, x, keys, values, own_slots, first, count, base_read + item, part_out,
-                    part_lse, scores, scale, value_scale, capacity, num_parts,
-                    P, D, KV, STORED, BLOCK_R, BLOCK_N, KEEPS,
-                )  # fmt: skip
-            else:
-                read_long(
-                    z, x, keys, values, own_slots, first, count, base_read + item, part_out,
-                    part_lse, scores, scale, value_scale, capacity, num_parts,
-                    P, D, KV, STORED, BLOCK_R, BLOCK_N, STAGES, KEEPS,
-                )  # fmt: skip
+            first, count = span_of(read_from, read_to, read_before, reads, item, TILE_READ)
+            read_tile(
+                z, x, keys, values, slots + z.to(tl.int64) * capacity, first, count,
+                base_read + item, part_out, part_lse, scores, scale, value_scale, capacity,
+                num_parts, P, D, KV, STORED, BLOCK_R, BLOCK_N, STAGES, KEEPS,
+            )  # fmt: skip
         elif ESTIMATES:
             if IS_DEEP:
-                fold = fold_of(units_before, units, tile)
-                first = pick(from_, fold) + (tile - pick(units_before, fold)) * TILE
-                count = tl.minimum(pick(to, fold) - first, TILE)
+                first, count = span_of(from_, to, units_before, units, tile, TILE)
                 value_sums = address(table + 5, tl.float16) + g * tl.load(table + 3) * D
                 estimate_members(
                     z, first, count, base_members + tile, members, value_sums, log_mass, part_out,
@@ -168,7 +153,7 @@ def read_kernel(
                 )  # fmt: skip
             else:
                 estimate_tile(
-                    tiles + (first_tile + tile) * 4, z // G % num_queries, tables, log_mass, part_out,
-                    part_lse, num_queries, width, base_tiles, num_parts, G, P, D, BLOCK_R, BLOCK_N,
-                    STAGES,
+                    tiles + (first_tile + tile) * 4, z // G % num_queries, tables, log_mass,
+                    part_out, part_lse, num_queries, width, base_tiles, num_parts, G, P, D, BLOCK_R,
+                    BLOCK_N, STAGES,
                 )  # fmt: skip
