@@ -66,10 +66,11 @@ class Recorder:
     def owe(self, tell: Callable[[], None]) -> None:
         """There is more to add: `tell` does it once it is called, in its place among the rest."""
         if tell != self._owed:
-            self._settle()
+            self.settle()
             self._owed = tell
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Have all of it added now, and let go of whoever owed it."""
         owed, self._owed = self._owed, None
         if owed is not None:
             owed()
@@ -82,7 +83,7 @@ class Recorder:
         """Every key was read by `num_queries` queries at once, by one rank or another, in each of
         num_layers layers.
         """
-        self._settle()
+        self.settle()
         self._keys.append((torch.zeros(num_layers * num_queries), 0.0, float(num_keys)))
         num_rows = 2 * num_layers * self._num_shared_heads() * num_keys
         self._num_rows.append((torch.zeros(1), num_rows))
@@ -101,7 +102,7 @@ class Recorder:
 
         num_sampled: keys read for the recall sample, over all queries and KV heads.
         """
-        self._settle()
+        self.settle()
         num_queries = read.num_attended.shape[1]
         self._num_queries += num_queries if full_layer == 0 else 0
         attended = read.num_attended.double().sum(dim=0)
@@ -126,7 +127,7 @@ class Recorder:
         tables, known and on the device; num_sampled: keys read for the recall sample, over all of
         them.
         """
-        self._settle()
+        self.settle()
         num_layers, num_queries = counts.shape
         self._num_queries += num_queries if has_first_layer else 0
         sampled = num_sampled / (num_layers * num_queries)
@@ -140,7 +141,7 @@ class Recorder:
         self, full_layer: int, queries: Sequence[int], recall: Tensor, bound: Tensor
     ) -> None:
         """Sampled recall [n, H] of queries, and the bound on their missed share [n, H]."""
-        self._settle()
+        self.settle()
         self._recalls[full_layer].append(recall)
         self._pairs.extend((full_layer, query) for query in queries)
         self._bounds.append(bound)
@@ -152,14 +153,14 @@ class Recorder:
 
     def bytes_read_here(self) -> int:
         """Bytes of KV and look-up tables that this rank's attention read so far; not collective."""
-        self._settle()
+        self.settle()
         num_rows = sum(2 * int(read.sum()) + others for read, others in self._num_rows)
         packed = sum(int(num_bytes) for num_bytes in self._packed_bytes)
         return num_rows * self._row_bytes() + self._lookup_bytes + packed
 
     def merge(self) -> None:
         """Bring the ranks' accounts together; every rank calls it once, after the last forward."""
-        self._settle()
+        self.settle()
         place, num_tokens = self._place, self._resident.num_tokens
         mass = torch.zeros(num_tokens, dtype=torch.float64)
         for own, positions in zip(self._mass, self._resident.positions, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -201,3 +203,17 @@ def test_a_step_tells_of_many_questions_in_as_many_operators(
     # One place of the next token for each question, moved on by one launch on a GPU.
     assert counts[1] - counts[0] <= 12 - 2
     assert counts[0] < 40
+
+
+def test_a_question_that_ended_is_let_go_of(context: DocumentContext, log: Log) -> None:
+    """Also by those that took its steps with it."""
+    questions = ask(context, 2)
+    with torch.inference_mode():
+        attention = StepAttention(questions)
+    step(attention, questions)
+    del attention
+    recorder, ended = questions[1].recorder, weakref.ref(questions.pop())
+    assert ended() is not None
+    recorder.settle()
+    gc.collect()
+    assert ended() is None
