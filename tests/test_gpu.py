@@ -17,6 +17,7 @@ from orchestrator.ingest import IngestOptions
 from orchestrator.model import step_tally
 from orchestrator.model.attention import make_attention
 from orchestrator.model.recorder import Recorder
+from orchestrator.model.sampler import find_greatest
 from orchestrator.model.shapes import shape_config
 from orchestrator.model.streams import Beside
 from orchestrator.steps import AttentionPlan, Forward, ForwardEach
@@ -211,6 +212,14 @@ def test_concurrent_questions_answer_as_each_alone(tmp_path: Path) -> None:
         alone = [ask(i) for i in range(len(ASKED))]
         with ThreadPoolExecutor(len(ASKED)) as pool:
             assert list(pool.map(ask, range(len(ASKED)))) == alone
+
+
+def test_the_greatest_logit_is_the_first_of_equals() -> None:
+    logits = torch.randn(16, 128_256, generator=torch.Generator().manual_seed(2)).round()
+    values, ids = find_greatest(logits.cuda())
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert ids.tolist() == expected
+    assert torch.equal(values.cpu(), logits.amax(dim=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
