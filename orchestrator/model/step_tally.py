@@ -19,7 +19,7 @@ from orchestrator.model.streams import Beside, Mark, Upload, pinned
 from sparse_attn.estimate import Missed, bound_of, recall_of
 from sparse_attn.kernels.selected import CentroidDecode
 
-# Steps whose figures wait on the host; a question of the 8B shape has 0.15 MB in each.
+# Steps whose figures wait on the host; a question of the 8B shape has 18 KB in each.
 MAX_STEPS = 16
 
 
