@@ -116,6 +116,7 @@ class Questions:
         recorder = self._questions.pop(action.question_id).recorder
         for key in [key for key in self._batches if action.question_id in key]:
             del self._batches[key]
+        recorder.settle()  # what still has to be told holds on to the question
         if not action.reports:
             return None
         recorder.merge()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from orchestrator.answering import Session
 from orchestrator.engine import Engine
 from orchestrator.evaluation.synthetic import synthetic_context
 from orchestrator.ingest import IngestOptions
+from orchestrator.model import step_tally
 from orchestrator.model.attention import make_attention
 from orchestrator.model.recorder import Recorder
+from orchestrator.model.sampler import find_greatest
 from orchestrator.model.shapes import shape_config
+from orchestrator.model.streams import Beside
 from orchestrator.steps import AttentionPlan, Forward, ForwardEach
 from orchestrator.types import Answer, AskOptions, Mode, Sampling
 from sparse_attn import reference, torch_backend
@@ -169,6 +172,33 @@ def test_questions_in_one_forward_have_the_bits_that_each_has_alone(
             assert told(together[i]) == told(alone[i]), given
 
 
+def test_what_goes_beside_a_forward_changes_no_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager, captured and replayed steps on two streams and on one; told of in between."""
+    monkeypatch.setattr(step_tally, "MAX_STEPS", 2)
+    save_tiny_model(tmp_path / "model", "llama-yarn-wide-heads")
+    options = {"store": tmp_path, "device": "cuda", "dtype": "bfloat16", "backend": "triton"}
+    with Engine.load(str(tmp_path / "model"), **options) as engine, ExitStack() as stack:
+        for i in (0, 1):
+            engine.ingest(text=TEXT[: 1800 - 400 * i], name=f"{NAME}{i}", options=OPTIONS)
+        found = []
+        for streams in (2, 1):
+            if streams == 1:
+                monkeypatch.setattr(Beside, "fork", lambda *_: nullcontext())
+                monkeypatch.setattr(Beside, "join", lambda _: None)
+            sessions = begin_all(engine, stack)
+            ids = tuple(session.question.question_id for session in sessions)
+            logits = []
+            for step in range(7):
+                tokens = tuple((11 * i + step) % 200 for i in range(len(ids)))
+                outcomes = engine.executor.run(ForwardEach(question_ids=ids, ids=tokens))
+                logits.append(torch.stack(outcomes).clone())
+            found.append((torch.stack(logits), [told(session) for session in sessions]))
+        assert torch.equal(found[0][0], found[1][0])
+        assert found[0][1] == found[1][1]
+
+
 def test_concurrent_questions_answer_as_each_alone(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", "llama-yarn-wide-heads")
     options = {"store": tmp_path, "device": "cuda", "dtype": "bfloat16", "backend": "triton"}
@@ -182,6 +212,14 @@ def test_concurrent_questions_answer_as_each_alone(tmp_path: Path) -> None:
         alone = [ask(i) for i in range(len(ASKED))]
         with ThreadPoolExecutor(len(ASKED)) as pool:
             assert list(pool.map(ask, range(len(ASKED)))) == alone
+
+
+def test_the_greatest_logit_is_the_first_of_equals() -> None:
+    logits = torch.randn(16, 128_256, generator=torch.Generator().manual_seed(2)).round()
+    values, ids = find_greatest(logits.cuda())
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert ids.tolist() == expected
+    assert torch.equal(values.cpu(), logits.amax(dim=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

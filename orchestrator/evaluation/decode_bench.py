@@ -19,6 +19,7 @@ from orchestrator.model.attention import Attention, make_attention
 from orchestrator.model.context import DocumentContext
 from orchestrator.model.load import LoadedModel
 from orchestrator.model.recorder import Recorder
+from orchestrator.model.sampler import find_greatest
 from orchestrator.selection import decide
 from orchestrator.steps import AttentionPlan
 from orchestrator.types import AskOptions, Mode
@@ -213,7 +214,7 @@ def _step_of(
 
     def step(offset: int) -> None:
         logits = forward(tokens, [position + offset] * len(attentions))
-        torch.stack(logits).argmax(dim=1).tolist()
+        find_greatest(torch.stack(logits))[1].tolist()
 
     return step
 

@@ -2,7 +2,7 @@
 
 Owns the tensors that a captured forward reads (tokens, positions) and writes (logits). The first
 step runs as it is, so that every kernel is compiled; the second one is captured. Refuses to know
-what attention does: one that `is_static` keeps all that changes from step to step on the device.
+what attention does: it keeps all that changes from step to step on the device.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from orchestrator.model.attention import Attention
 from orchestrator.model.decoder import Decoder
+from orchestrator.model.step_attention import StepAttention
+from orchestrator.model.streams import Upload
 
 
 class DecodeGraph:
     """Forwards of num_tokens tokens, one each of as many questions."""
 
-    def __init__(self, decoder: Decoder, attention: Attention, *, num_tokens: int = 1) -> None:
+    def __init__(self, decoder: Decoder, attention: StepAttention, *, num_tokens: int) -> None:
         self._decoder, self._attention = decoder, attention
-        self._ids = torch.zeros(num_tokens, dtype=torch.int64, device=decoder.device)
-        self._positions = torch.zeros_like(self._ids)
+        self._inputs = Upload((2, num_tokens), torch.int64, decoder.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._is_warm = False
@@ -32,8 +32,7 @@ class DecodeGraph:
         before and advanced after it; valid until the next call.
         """
         self._attention.prepare(1)
-        self._ids.copy_(torch.tensor(tokens))
-        self._positions.copy_(torch.tensor(positions))
+        self._inputs.send(torch.tensor([tokens, positions]))
         logits = self._replay()
         self._attention.advance(1)
         return logits
@@ -52,5 +51,8 @@ class DecodeGraph:
         return self._logits
 
     def _compute(self) -> Tensor:
-        hidden = self._decoder.forward(self._ids, self._positions, self._attention)
-        return self._decoder.logits(hidden)
+        ids, positions = self._inputs.there
+        hidden = self._decoder.forward(ids, positions, self._attention)
+        logits = self._decoder.logits(hidden)
+        self._attention.finish()
+        return logits

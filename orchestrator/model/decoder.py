@@ -43,7 +43,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], "Tensor | Steps[Tensor]"]
 q, k and v are those of this rank's heads, q and k rotated; `out` is of all heads of the model,
 whoever computed them, and may be float32 whatever q is. The caller multiplies scores by
 `ModelConfig.attention_scale`, masks by position and honours `ModelConfig.windows[layer_idx]`. An
-attention that waits for other ranks returns steps.
+attention that waits for other ranks returns steps. `out` is read before the next call, which may
+overwrite it.
 """
 
 Store = Callable[[int, Tensor, Tensor], None]

@@ -119,7 +119,8 @@ class DeviceAttention:
         assert isinstance(plan, CentroidDecode)
         counts = torch.cat([counts for counts, _ in tiles]).unsqueeze(0)
         packed = torch.stack([packed for _, packed in tiles]).sum()
-        question.tell(counts, packed * (6 * plan.heads.head_dim), len(chosen), layers=[place])
+        packed_bytes = packed * (6 * plan.heads.head_dim)
+        question.tell(counts, packed_bytes, len(chosen), [place], first_query=question.num_past)
         if question.plan.audit:
             for t in range(num_tokens):
                 question.audit(place, q, t)

@@ -6,6 +6,9 @@ sampled, the seed of its samples, and what is told to its recorder. Knows no dec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -65,9 +68,9 @@ class DeviceQuestion:
         """Which of the next num_tokens queries are sampled in a layer."""
         return [] if self.is_exact else self._queries.chosen(place, self.num_past, num_tokens)
 
-    def sampled_layers(self) -> list[int]:
-        """The layers in which the next query is sampled."""
-        return [] if self.is_exact else self._queries.layers_of(self.num_past, self.num_layers)
+    def sampled_layers(self, query: int) -> list[int]:
+        """The layers in which a query is sampled."""
+        return [] if self.is_exact else self._queries.layers_of(query, self.num_layers)
 
     def run_one(self, place: int, q: Tensor, t: int) -> Attended:
         """The plan of one query, for query t of a forward that comes next: q [T, H, D]."""
@@ -100,31 +103,39 @@ class DeviceQuestion:
     def tell_exact(self, num_tokens: int, *, num_layers: int) -> None:
         """The next num_tokens queries read everything."""
         num_body = self._context.num_tokens - self._context.num_steady
-        num_keys = self._num_steady(num_tokens) + num_body
+        num_keys = self._num_steady(self.num_past + num_tokens) + num_body
         self.recorder.add_exact(num_tokens, num_keys, num_layers=num_layers)
 
     def tell(
-        self, counts: Tensor, packed_bytes: Tensor, num_sampled: int, layers: list[int]
+        self,
+        counts: Tensor,
+        packed_bytes: Tensor,
+        num_sampled: int,
+        layers: Sequence[int],
+        *,
+        first_query: int,
     ) -> None:
-        """What the next queries read: counts [layers, T], slots over all KV heads; packed_bytes [],
-        of the tables of opened clusters; num_sampled: pairs of a query and a layer whose recall was
-        sampled.
+        """What T queries from first_query on read: counts [layers, T], slots over all KV heads;
+        packed_bytes [], of the tables of opened clusters; num_sampled: pairs of a query and a layer
+        whose recall was sampled.
         """
         num_tokens = counts.shape[1]
         self.recorder.add_selected(
             counts,
-            num_steady=self._num_steady(num_tokens),
-            lookup_bytes=num_tokens * sum(self._table_bytes(place) for place in layers),
+            num_steady=self._num_steady(first_query + num_tokens),
+            lookup_bytes=num_tokens * sum(self._table_bytes[place] for place in layers),
             packed_bytes=packed_bytes,
             num_sampled=2 * self.plan.num_strata * num_sampled * self._context.place.num_heads,
             has_first_layer=0 in layers,
         )
 
-    def _num_steady(self, num_tokens: int) -> int:
-        """Steady keys that the last of the next num_tokens queries sees."""
-        return self.plans.full.num_kept + self.num_past + num_tokens
+    def _num_steady(self, num_queries: int) -> int:
+        """Steady keys that the last of the question's first num_queries queries sees."""
+        return self.plans.full.num_kept + num_queries
 
-    def _table_bytes(self, place: int) -> int:
-        """Bytes of the tables that every query looks through."""
-        index = self._context.index(place)
-        return lookup_bytes(index.groups if self.plans.kind.levels == 2 else index.clusters)
+    @cached_property
+    def _table_bytes(self) -> list[int]:
+        """Of each layer, bytes of the tables that every query looks through."""
+        indexes = [self._context.index(place) for place in range(self.num_layers)]
+        is_deep = self.plans.kind.levels == 2
+        return [lookup_bytes(index.groups if is_deep else index.clusters) for index in indexes]

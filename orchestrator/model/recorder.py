@@ -1,13 +1,14 @@
 """What a question's attention saw: evidence mass, recall, audit, bytes. Adds up; decides nothing.
 
 Owns the accumulators of one question. Masses stay on the device until the answer is complete; each
-`add` is called once per full-attention layer and tile, on every rank in the same order.
+`add` is called once per full-attention layer and tile, on every rank in the same order. Whoever has
+something to add later says so (`owe`), and is asked for it before anything else is added or read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,19 @@ class Recorder:
         self._lookup_bytes = 0
         self._packed_bytes: list[Tensor] = []
         self._merged: _Merged | None = None
+        self._owed: Callable[[], None] | None = None
+
+    def owe(self, tell: Callable[[], None]) -> None:
+        """There is more to add: `tell` does it once it is called, in its place among the rest."""
+        if tell != self._owed:
+            self.settle()
+            self._owed = tell
+
+    def settle(self) -> None:
+        """Have all of it added now, and let go of whoever owed it."""
+        owed, self._owed = self._owed, None
+        if owed is not None:
+            owed()
 
     def mass(self, full_layer: int) -> Tensor:
         """Where the attention mass of answer queries over each slot is added up: [N] float32."""
@@ -69,6 +83,7 @@ class Recorder:
         """Every key was read by `num_queries` queries at once, by one rank or another, in each of
         num_layers layers.
         """
+        self.settle()
         self._keys.append((torch.zeros(num_layers * num_queries), 0.0, float(num_keys)))
         num_rows = 2 * num_layers * self._num_shared_heads() * num_keys
         self._num_rows.append((torch.zeros(1), num_rows))
@@ -87,6 +102,7 @@ class Recorder:
 
         num_sampled: keys read for the recall sample, over all queries and KV heads.
         """
+        self.settle()
         num_queries = read.num_attended.shape[1]
         self._num_queries += num_queries if full_layer == 0 else 0
         attended = read.num_attended.double().sum(dim=0)
@@ -111,6 +127,7 @@ class Recorder:
         tables, known and on the device; num_sampled: keys read for the recall sample, over all of
         them.
         """
+        self.settle()
         num_layers, num_queries = counts.shape
         self._num_queries += num_queries if has_first_layer else 0
         sampled = num_sampled / (num_layers * num_queries)
@@ -124,6 +141,7 @@ class Recorder:
         self, full_layer: int, queries: Sequence[int], recall: Tensor, bound: Tensor
     ) -> None:
         """Sampled recall [n, H] of queries, and the bound on their missed share [n, H]."""
+        self.settle()
         self._recalls[full_layer].append(recall)
         self._pairs.extend((full_layer, query) for query in queries)
         self._bounds.append(bound)
@@ -135,12 +153,14 @@ class Recorder:
 
     def bytes_read_here(self) -> int:
         """Bytes of KV and look-up tables that this rank's attention read so far; not collective."""
+        self.settle()
         num_rows = sum(2 * int(read.sum()) + others for read, others in self._num_rows)
         packed = sum(int(num_bytes) for num_bytes in self._packed_bytes)
         return num_rows * self._row_bytes() + self._lookup_bytes + packed
 
     def merge(self) -> None:
         """Bring the ranks' accounts together; every rank calls it once, after the last forward."""
+        self.settle()
         place, num_tokens = self._place, self._resident.num_tokens
         mass = torch.zeros(num_tokens, dtype=torch.float64)
         for own, positions in zip(self._mass, self._resident.positions, strict=True):

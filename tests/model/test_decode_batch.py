@@ -133,3 +133,12 @@ def test_questions_whose_plans_do_not_fit_together_go_one_by_one(
     wanted = begin(model, context).forward(own)
     torch.testing.assert_close(forward_each(asked, (0, 1), 3)[1], wanted, atol=1e-4, rtol=1e-4)
     assert list(asked._batches) == [(0,), (1,)]
+
+
+def test_a_question_without_a_report_is_settled(
+    model: LoadedModel, context: DocumentContext
+) -> None:
+    asked, told = begin(model, context), []
+    asked.recorder_of(0).owe(lambda: told.append("settled"))
+    assert asked.end(EndQuestion(question_id=0, reports=False)) is None
+    assert told == ["settled"]

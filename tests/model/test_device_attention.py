@@ -84,7 +84,7 @@ def ask(context: DocumentContext, backend: str, plan: AttentionPlan) -> tuple[Te
                     torch.randn(num_tokens, heads, HEAD_DIM, generator=generator)
                     for heads in (HEADS, KV_HEADS, KV_HEADS)
                 )
-                outs.append(attend(attention, layer_idx, 2.0 * q, k, v).flatten())
+                outs.append(attend(attention, layer_idx, 2.0 * q, k, v).flatten().clone())
             attention.advance(num_tokens)
         recorder.merge()
     return torch.cat(outs), recorder

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orchestrator.errors import NotFinite, UsageError
-from orchestrator.model.sampler import make_generator, sample
+from orchestrator.model.sampler import find_greatest, make_generator, sample
 from orchestrator.types import Sampling
 
 LOGITS = torch.log(torch.tensor([0.1, 0.5, 0.15, 0.25]))
@@ -24,6 +24,16 @@ def test_greedy_takes_the_first_of_the_best() -> None:
     assert draw(Sampling(), 3) == [1, 1, 1]
     tied = torch.tensor([0.0, 2.0, 2.0])
     assert sample(tied, Sampling(), make_generator(Sampling())) == 1
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 96, 1024, 2051])
+def test_the_greatest_is_the_first_of_equals(vocab: int) -> None:
+    """Within a part that is searched by itself, and in several."""
+    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)).round()
+    logits[2] = -math.inf
+    values, ids = find_greatest(logits)
+    assert torch.equal(values, logits.amax(dim=1))
+    assert ids.tolist() == [row.index(max(row)) for row in logits.tolist()]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -102,7 +102,7 @@ class Asked:
             q, k, v = (torch.cat(own) for own in zip(*rows, strict=True))
             out = attention(layer_idx, 2.0 * q, k, v)
             for i, own in zip(members, out, strict=True):
-                self.outs[i].append(own)
+                self.outs[i].append(own.clone())
         attention.advance(1)
 
     def _row(self, i: int, layer_idx: int) -> list[Tensor]:
