@@ -1,6 +1,6 @@
 """How the prefill kernels are launched: tiles, warps, pipeline, by head dim and vendor.
 
-Owns numbers alone. Chosen so that on sm_90 nothing spills and no product is serialised, and that
+Owns numbers alone. Chosen so that on sm_90 no loop spills and no product is serialised, and that
 gfx942's 64 KiB on chip suffice (`compile_list_prefill.py` lists what is compiled).
 """
 

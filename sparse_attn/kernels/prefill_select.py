@@ -27,12 +27,6 @@ def squares_of(x, scale):
 
 
 @triton.jit
-def log2_sizes(unit, num_slots, BLOCK: tl.constexpr):
-    """log2 of the slots of each unit, 0 where there is none."""
-    return tl.log2(tl.minimum(BLOCK, tl.maximum(num_slots - unit * BLOCK, 1)).to(tl.float32))
-
-
-@triton.jit
 def choice_rows(q, block, g, num_tokens, stride_t, scale, P, P_PADDED, D, BLOCK_M: tl.constexpr):
     """Numbers [BLOCK_M] of a block's rows, which exist, the rows [BLOCK_M, D] and their squares;
     row r is (token r // P_PADDED, head r % P_PADDED).
@@ -93,6 +87,9 @@ def attend_unread_units(
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """One term for each unit of a KV head whose flag is 0: n exp(s q.c), with its mean value."""
+    log2_whole = tl.log2(tl.full((), BLOCK, tl.float32))
+    short = tl.cast(num_slots - (num_units - 1) * BLOCK, tl.float32)
+    log2_last = tl.log2(tl.maximum(short, 1.0))
     for first in tl.range(0, num_units, BLOCK_U, num_stages=2):
         unit = first + tl.arange(0, BLOCK_U)
         is_unit = unit < num_units
@@ -101,7 +98,7 @@ def attend_unread_units(
         c = tl.load(keys + place, mask=is_unit[:, None], other=0.0)
         value = tl.load(values + place, mask=is_unit[:, None], other=0.0)
         mass = tl.dot(x, tl.trans(c), input_precision="ieee") * (scale * LOG2_E)
-        mass += log2_sizes(unit, num_slots, BLOCK)[None, :]
+        mass += tl.where(unit == num_units - 1, log2_last, log2_whole)[None, :]
         mass = tl.where(is_read[None, :], -float("inf"), mass)
         high, total, out = softmax_step(mass, 1.0, value, high, total, out)
     return high, total, out
