@@ -16,12 +16,20 @@ import torch
 import triton
 from torch import Tensor
 
-from sparse_attn.blocks import BlockSelection, BlockUnits, take_best
+from sparse_attn.blocks import BlockSelection, BlockUnits
 from sparse_attn.errors import ShapeMismatch
 from sparse_attn.kernels.prefill_checks import check_budget, check_lists, check_tensors, check_tile
+from sparse_attn.kernels.prefill_choose import MOST_AT_ONCE, take_best_kernel
 from sparse_attn.kernels.prefill_dense import attend_dense_kernel
-from sparse_attn.kernels.prefill_launch import Launch, fitted, launches, padded, pairs_per_item
-from sparse_attn.kernels.prefill_select import greatest_shares_kernel
+from sparse_attn.kernels.prefill_launch import (
+    LANES,
+    Launch,
+    fitted,
+    launches,
+    padded,
+    pairs_per_item,
+)
+from sparse_attn.kernels.prefill_select import greatest_shares_kernel, log_sums_kernel
 from sparse_attn.kernels.prefill_sparse import (
     attend_lists_kernel,
     attend_pairs_kernel,
@@ -69,29 +77,33 @@ def select_blocks(
     estimated to give it; the first `num_always` blocks (sinks) and then the best are taken until
     the next exceeds `budget_keys`, equal scores by lowest block.
     """
-    num_tokens, num_heads, _ = q.shape
+    num_tokens = q.shape[0]
     num_kv_heads, num_units, _ = units.keys.shape
     check_tensors(q, units.keys, units.values, scale)
     check_tile(units.block, tile_tokens)
     check_budget(budget_keys)
+    num_tiles = triton.cdiv(num_tokens, tile_tokens)
     if not (num_tokens and num_units):
-        shape = (-(-num_tokens // tile_tokens), num_kv_heads, 0)
-        none = torch.empty(shape, dtype=torch.int64, device=q.device)
+        none = torch.empty((num_tiles, num_kv_heads, 0), dtype=torch.int64, device=q.device)
         return BlockSelection.of(none, block=units.block, tile_tokens=tile_tokens)
-    runs = max(
-        1, padded(num_heads // num_kv_heads) * tile_tokens // launches(q.shape[2]).score.block_m
-    )
+    budget_keys = min(budget_keys, units.num_slots)
+    has_short = units.num_slots % units.block != 0
+    width = max(1, min(num_units, budget_keys // units.block + has_short))
+    blocks = torch.empty((num_tiles, num_kv_heads, width), dtype=torch.int32, device=q.device)
+    counts = torch.empty((num_tiles, num_kv_heads), dtype=torch.int32, device=q.device)
+    runs = _rows_and_runs(q, units, tile_tokens)[1]
     tiles = max(1, max_scratch_bytes // (4 * runs * num_kv_heads * num_units))
-    best = [
-        take_best(
-            _greatest_shares(q[start : start + tiles * tile_tokens], units, tile_tokens, scale),
-            budget_keys=budget_keys,
-            units=units,
-            num_always=num_always,
+    for start in range(0, num_tiles, tiles):
+        some = slice(start, start + tiles)
+        shares = _greatest_shares(
+            q[start * tile_tokens : (start + tiles) * tile_tokens], units, tile_tokens, scale
         )
-        for start in range(0, num_tokens, tiles * tile_tokens)
-    ]
-    return BlockSelection.of(torch.cat(best), block=units.block, tile_tokens=tile_tokens)
+        take_best_kernel[shares.shape[0], num_kv_heads](
+            shares, blocks[some], counts[some], units.num_slots, num_units, budget_keys, width,
+            num_always, BLOCK=units.block, RUNS=runs, CHUNK=min(MOST_AT_ONCE, padded(num_units)),
+            num_warps=4,
+        )  # fmt: skip
+    return BlockSelection(blocks=blocks, counts=counts, block=units.block, tile_tokens=tile_tokens)
 
 
 def attend_blocks(
@@ -263,27 +275,40 @@ def _invert(
     return pairs.int(), first_pairs, of_block.int(), firsts.int()
 
 
+def _rows_and_runs(q: Tensor, units: BlockUnits, tile_tokens: int) -> tuple[int, int]:
+    """Rows among which a program finds the greatest share, and runs of so many rows in a tile."""
+    tile_rows = tile_tokens * padded(q.shape[1] // units.keys.shape[0])
+    rows = min(tile_rows, launches(q.shape[2]).shares.block_m)
+    return rows, tile_rows // rows
+
+
 def _greatest_shares(q: Tensor, units: BlockUnits, tile_tokens: int, scale: float) -> Tensor:
-    """log2 of the greatest share of each block within each tile: [N, G, U] float32."""
+    """log of the greatest share of each block within each run of a tile: [N, runs, G, U] float32,
+    -inf for a run without rows.
+    """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, num_units, _ = units.keys.shape
-    per_group, shape = num_heads // num_kv_heads, launches(head_dim).score
-    head_rows = padded(per_group)
-    rows = min(tile_tokens * head_rows, shape.block_m)
-    num_runs = triton.cdiv(num_tokens * head_rows, rows)
-    runs_per_tile = tile_tokens * head_rows // rows
-    num_tiles = triton.cdiv(num_tokens, tile_tokens)
-    shares = torch.full(
-        (num_tiles * runs_per_tile, num_kv_heads, num_units), -torch.inf, device=q.device
-    )
-    blocks_of_rows = triton.cdiv(num_runs * rows, shape.block_m)
-    greatest_shares_kernel[(blocks_of_rows, num_kv_heads)](
-        q, units.keys, units.variances, shares, scale, num_tokens, units.num_slots, num_units,
-        q.stride(0), G=num_kv_heads, P=per_group, P_PADDED=head_rows, D=head_dim, ROWS=rows,
-        BLOCK=units.block, BLOCK_M=shape.block_m, BLOCK_U=shape.block_n, STAGES=shape.num_stages,
-        **shape.options(),
+    per_group, of_sums, of_shares = (
+        num_heads // num_kv_heads, launches(head_dim).log_sums, launches(head_dim).shares
     )  # fmt: skip
-    return shares.view(num_tiles, runs_per_tile, num_kv_heads, num_units).amax(dim=1)
+    head_rows = padded(per_group)
+    rows, runs = _rows_and_runs(q, units, tile_tokens)
+    num_tiles = triton.cdiv(num_tokens, tile_tokens)
+    log_sums = torch.empty(num_kv_heads, num_tokens * head_rows, device=q.device)
+    shares = torch.empty(num_tiles, runs, num_kv_heads, num_units, device=q.device)
+    constants = {"P": per_group, "P_PADDED": head_rows, "D": head_dim, "BLOCK": units.block}
+    log_sums_kernel[triton.cdiv(num_tokens * head_rows, of_sums.block_m), num_kv_heads](
+        q, units.keys, units.variances, log_sums, scale, num_tokens, units.num_slots, num_units,
+        q.stride(0), **constants, BLOCK_M=of_sums.block_m, BLOCK_U=of_sums.block_n,
+        LANES=LANES, STAGES=of_sums.num_stages, **of_sums.options(),
+    )  # fmt: skip
+    greatest_shares_kernel[triton.cdiv(num_tiles * runs * rows, of_shares.block_m), num_kv_heads](
+        q, units.keys, units.variances, log_sums, shares, scale, num_tokens, units.num_slots,
+        num_units, num_tiles * runs, q.stride(0), **constants, G=num_kv_heads, ROWS=rows,
+        BLOCK_M=of_shares.block_m, BLOCK_U=of_shares.block_n, STAGES=of_shares.num_stages,
+        **of_shares.options(),
+    )  # fmt: skip
+    return shares
 
 
 def _new_part(q: Tensor) -> Part:

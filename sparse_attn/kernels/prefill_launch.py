@@ -1,6 +1,6 @@
 """How the prefill kernels are launched: tiles, warps, pipeline, by head dim and vendor.
 
-Owns numbers alone. Chosen so that on sm_90 nothing spills and no product is serialised, and that
+Owns numbers alone. Chosen so that on sm_90 no loop spills and no product is serialised, and that
 gfx942's 64 KiB on chip suffice (`compile_list_prefill.py` lists what is compiled).
 """
 
@@ -29,7 +29,8 @@ class Launch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launches:
-    """Of dense attention, lists of blocks, pairs (block_n unused), and scores (block_n units).
+    """Of dense attention, lists of blocks, pairs (block_n unused), and of both passes of a choice
+    (block_n units).
 
     unread_units: units of a tile where the terms of unread blocks are made beside the lists.
     """
@@ -37,7 +38,8 @@ class Launches:
     dense: Launch
     lists: Launch
     pairs: Launch
-    score: Launch
+    log_sums: Launch
+    shares: Launch
     unread_units: int
 
 
@@ -50,21 +52,24 @@ NVIDIA = {
         dense=replace(_WIDE, num_stages=3),
         lists=replace(_WIDE, num_stages=3),
         pairs=Launch(block_m=64, block_n=64, num_warps=4, num_stages=2),
-        score=Launch(block_m=128, block_n=64, num_warps=8, num_stages=3),
+        log_sums=Launch(block_m=128, block_n=128, num_warps=8, num_stages=2),
+        shares=Launch(block_m=128, block_n=128, num_warps=8, num_stages=2),
         unread_units=64,
     ),
     128: Launches(
         dense=_WIDE,
         lists=replace(_WIDE, num_stages=3),
         pairs=Launch(block_m=64, block_n=64, num_warps=4, num_stages=2),
-        score=Launch(block_m=128, block_n=32, num_warps=8, num_stages=2),
+        log_sums=Launch(block_m=128, block_n=64, num_warps=8, num_stages=2),
+        shares=Launch(block_m=64, block_n=64, num_warps=4, num_stages=2),
         unread_units=32,
     ),
     256: Launches(
         dense=replace(_WIDE, block_n=64),
         lists=replace(_WIDE, block_n=64, num_stages=3),
         pairs=Launch(block_m=64, block_n=64, num_warps=8, num_stages=1),
-        score=Launch(block_m=64, block_n=32, num_warps=4, num_stages=2),
+        log_sums=Launch(block_m=64, block_n=32, num_warps=4, num_stages=2),
+        shares=Launch(block_m=64, block_n=64, num_warps=4, num_stages=1),
         unread_units=16,
     ),
 }
@@ -73,13 +78,31 @@ _ONE_STAGE = Launch(block_m=128, block_n=64, num_warps=4, num_stages=1)
 _SMALL = Launch(block_m=64, block_n=32, num_warps=4, num_stages=1)
 AMD = {
     64: Launches(
-        dense=_ONE_STAGE, lists=_ONE_STAGE, pairs=_SMALL, score=_ONE_STAGE, unread_units=32
+        dense=_ONE_STAGE,
+        lists=_ONE_STAGE,
+        pairs=_SMALL,
+        log_sums=_SMALL,
+        shares=_SMALL,
+        unread_units=32,
     ),
     128: Launches(
-        dense=_ONE_STAGE, lists=_ONE_STAGE, pairs=_SMALL, score=_ONE_STAGE, unread_units=32
+        dense=_ONE_STAGE,
+        lists=_ONE_STAGE,
+        pairs=_SMALL,
+        log_sums=_SMALL,
+        shares=_SMALL,
+        unread_units=32,
     ),
-    256: Launches(dense=_SMALL, lists=_SMALL, pairs=_SMALL, score=_SMALL, unread_units=16),
+    256: Launches(
+        dense=_SMALL,
+        lists=_SMALL,
+        pairs=_SMALL,
+        log_sums=_SMALL,
+        shares=_SMALL,
+        unread_units=16,
+    ),
 }
+LANES = 4  # threads that share a row of a product on NVIDIA
 PAIR_ROWS = 512  # rows of q for which a block stays on chip
 
 

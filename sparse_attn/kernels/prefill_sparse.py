@@ -15,7 +15,6 @@ import triton.language as tl
 
 from sparse_attn.kernels.common import LOG2_E, LOWEST
 from sparse_attn.kernels.prefill_dense import (
-    attend_full_tile,
     attend_tile,
     load_rows,
     row_offsets,
@@ -33,6 +32,39 @@ def rows_of_tile(program, num_tokens, ROWS: tl.constexpr, P: tl.constexpr, BLOCK
     in_tile = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tile * ROWS + in_tile
     return tile, in_tile, rows, (in_tile < ROWS) & (rows < num_tokens * P)
+
+
+@triton.jit
+def rows_of_step(entries, step, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
+    """Where the numbers of a step's BLOCK_N slots begin; a block is BLOCK // BLOCK_N steps."""
+    steps: tl.constexpr = BLOCK // BLOCK_N
+    first = tl.load(entries + step // steps) * BLOCK + step % steps * BLOCK_N
+    return first.to(tl.int64) * D
+
+
+@triton.jit
+def attend_full_blocks(
+    x, keys, values, entries, count, base_2, high, total, out,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`softmax_step` over `count` full blocks of a list.
+
+    The scores of the next step are made while this one's become weights, so that tensor cores and
+    the rest of a multiprocessor work at once; after the last step they are made once more, in vain.
+    """
+    place = tl.arange(0, BLOCK_N)[:, None] * D + tl.arange(0, D)[None, :]
+    num_steps = count * (BLOCK // BLOCK_N)
+    if num_steps > 0:
+        k = tl.load(keys + rows_of_step(entries, 0, BLOCK, BLOCK_N, D) + place)
+        scores = tl.dot(x, tl.trans(k), input_precision="ieee")
+        for step in tl.range(0, num_steps, num_stages=STAGES):
+            after = rows_of_step(entries, tl.minimum(step + 1, num_steps - 1), BLOCK, BLOCK_N, D)
+            k = tl.load(keys + after + place)
+            v = tl.load(values + rows_of_step(entries, step, BLOCK, BLOCK_N, D) + place)
+            next_scores = tl.dot(x, tl.trans(k), input_precision="ieee")
+            high, total, out = softmax_step(scores, base_2, v, high, total, out)
+            scores = next_scores
+    return high, total, out
 
 
 @triton.jit
@@ -75,12 +107,9 @@ def attend_lists_kernel(
             last = tl.load(entries + tl.maximum(count - 1, 0))
             full = count - ((count > 0) & ((last + 1) * BLOCK > num_slots)).to(tl.int32)
         base_2 = scale * LOG2_E
-        for step in tl.range(0, full * (BLOCK // BLOCK_N), num_stages=STAGES):
-            entry = tl.load(entries + step // (BLOCK // BLOCK_N))
-            first = entry * BLOCK + step % (BLOCK // BLOCK_N) * BLOCK_N
-            high, total, out = attend_full_tile(
-                x, keys, values, first, base_2, high, total, out, D, BLOCK_N
-            )
+        high, total, out = attend_full_blocks(
+            x, keys, values, entries, full, base_2, high, total, out, D, BLOCK, BLOCK_N, STAGES
+        )
         if HAS_SHORT:
             seen = tl.zeros((BLOCK_M,), tl.int32) + num_slots
             for entry in range(full, count):

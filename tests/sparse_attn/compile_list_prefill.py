@@ -9,8 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sparse_attn.kernels import prefill_dense, prefill_select, prefill_sparse
-from sparse_attn.kernels.prefill_launch import AMD, NVIDIA, Launches, fitted, padded, pairs_per_item
+from sparse_attn.kernels import prefill_choose, prefill_dense, prefill_select, prefill_sparse
+from sparse_attn.kernels.prefill_launch import (
+    AMD,
+    LANES,
+    NVIDIA,
+    Launch,
+    Launches,
+    fitted,
+    padded,
+    pairs_per_item,
+)
 
 Table = dict[int, Launches]
 Entry = tuple[Any, dict[str, str], dict[str, int], dict[str, int]]
@@ -114,29 +123,41 @@ def _merge(head_dim: int, per_group: int, tile: int) -> Entry:
     return prefill_sparse.merge_pairs_kernel, signature, constants, {"num_warps": 4}
 
 
+_SCORED = {
+    **dict.fromkeys(("q", "unit_keys", "unit_variances"), _HALF),
+    **dict.fromkeys(("log_sums", "log_shares"), _FLOAT),
+    "scale": "fp32",
+    **_counts("num_tokens", "num_slots", "num_units", "num_runs", "stride_qt"),
+}
+
+
+def _scored(kernel: Any, shape: Launch, head_dim: int, per_group: int, **constants: int) -> Entry:
+    constants |= {"P": per_group, "P_PADDED": padded(per_group), "D": head_dim, "BLOCK": 128}
+    constants |= {"BLOCK_M": shape.block_m, "BLOCK_U": shape.block_n, "STAGES": shape.num_stages}
+    signature = {name: of for name, of in _SCORED.items() if name in kernel.arg_names}
+    return kernel, signature, constants, shape.options()
+
+
+def _log_sums(table: Table, head_dim: int, per_group: int) -> Entry:
+    shape = table[head_dim].log_sums
+    return _scored(prefill_select.log_sums_kernel, shape, head_dim, per_group, LANES=LANES)
+
+
 def _shares(table: Table, head_dim: int, per_group: int, rows: int) -> Entry:
-    shape = table[head_dim].score
+    shape = table[head_dim].shares
+    rows = min(rows, shape.block_m)
+    kernel = prefill_select.greatest_shares_kernel
+    return _scored(kernel, shape, head_dim, per_group, G=8, ROWS=rows)
+
+
+def _take_best(runs: int, chunk: int) -> Entry:
     signature = {
-        "q": _HALF,
-        "unit_keys": _HALF,
-        "unit_variances": _HALF,
         "log_shares": _FLOAT,
-        "scale": "fp32",
-        **_counts("num_tokens", "num_slots", "num_units", "stride_qt"),
+        **dict.fromkeys(("blocks", "counts"), _INT),
+        **_counts("num_slots", "num_units", "budget_keys", "width", "num_always"),
     }
-    constants = {
-        "G": 8,
-        "P": per_group,
-        "P_PADDED": padded(per_group),
-        "D": head_dim,
-        "ROWS": min(rows, shape.block_m),
-        "BLOCK": 128,
-        "BLOCK_M": shape.block_m,
-        "BLOCK_U": shape.block_n,
-        "STAGES": shape.num_stages,
-    }
-    options = shape.options()
-    return prefill_select.greatest_shares_kernel, signature, constants, options
+    constants = {"BLOCK": 128, "RUNS": runs, "CHUNK": chunk}
+    return prefill_choose.take_best_kernel, signature, constants, {"num_warps": 4}
 
 
 def _each(table: Table) -> Iterator[Entry]:
@@ -145,6 +166,7 @@ def _each(table: Table) -> Iterator[Entry]:
         yield _dense(table, head_dim, 4, True)
         yield _lists(table, head_dim, 4, 64, reads=True, is_short=False, has_tail=False)
         yield _pairs(table, head_dim, 4, 1)
+        yield _log_sums(table, head_dim, 4)
         yield _shares(table, head_dim, 4, 256)
         yield _lists(table, head_dim, 4, 64, reads=True, is_short=True, has_tail=True)
     for tile, per_group in ((1, 4), (16, 4), (64, 1), (64, 7)):
@@ -155,6 +177,8 @@ def _each(table: Table) -> Iterator[Entry]:
     yield _pairs(table, 128, 4, 64)
     yield _merge(128, 4, 1)
     yield _shares(table, 128, 4, 4)
+    yield _take_best(4, 1024)
+    yield _take_best(1, prefill_choose.MOST_AT_ONCE)
 
 
 KERNELS: list[Entry] = list(_each(NVIDIA))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 import torch
-from torch import Tensor
 
 from sparse_attn import reference_prefill as twin
 from sparse_attn.blocks import (
@@ -18,70 +17,17 @@ from sparse_attn.blocks import (
 from sparse_attn.errors import AttentionError, InvalidBudget, ShapeMismatch
 from sparse_attn.kernels import prefill
 from sparse_attn.state import Part, merge_parts
+from tests.sparse_attn.prefilling import BLOCK, KINDS, Kind, lists, make
 
-BLOCK = 64
 ORDERS: tuple[Literal["queries", "keys"], ...] = ("queries", "keys")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
-    """Where the kernels run; the greatest error, absolute and relative to the greatest value."""
-
-    device: str
-    dtype: torch.dtype
-    tolerance: float
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether scores are those of the twin but for the order of sums."""
-        return self.dtype == torch.float32
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(Kind(device="cpu", dtype=torch.float32, tolerance=2e-5), id="interpreter"),
-        pytest.param(
-            Kind(device="cuda", dtype=torch.bfloat16, tolerance=2e-2),
-            id="gpu",
-            marks=pytest.mark.gpu,
-        ),
-    ]
-)
+@pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Kind:
     found: Kind = request.param
     if found.is_exact and torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
     return found
-
-
-def make(
-    kind: Kind,
-    num_tokens: int,
-    num_slots: int,
-    *,
-    heads: tuple[int, int] = (4, 1),
-    head_dim: int = 64,
-    spread: float = 1.0,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q [T, H, D], k and v [G, S, D]; heads: H and G."""
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(num_tokens, heads[0], head_dim, generator=generator) * spread
-    k, v = torch.randn(2, heads[1], num_slots, head_dim, generator=generator)
-    q, k, v = (x.to(kind.device, kind.dtype) for x in (q, k, v))
-    return q, k, v
-
-
-def lists(
-    kind: Kind, rows: list[list[list[int]]], tile_tokens: int, block: int = BLOCK
-) -> BlockSelection:
-    """A selection from lists of blocks by query tile and KV head."""
-    width = max(len(blocks) for row in rows for blocks in row)
-    padded = [[blocks + [-1] * (width - len(blocks)) for blocks in row] for row in rows]
-    table = torch.tensor(padded, dtype=torch.int64, device=kind.device)
-    return BlockSelection.of(
-        table.view(len(rows), len(rows[0]), width), block=block, tile_tokens=tile_tokens
-    )
 
 
 def random_lists(
@@ -214,25 +160,6 @@ def test_read_and_unread_keys_add_up(kind: Kind) -> None:
         torch.testing.assert_close(part.out, torch.ones_like(part.out), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("tile_tokens", [1, 16, 64])
-@pytest.mark.parametrize(("heads", "budget"), [((4, 2), 200), ((7, 1), 63), ((1, 1), 10**6)])
-def test_selection(kind: Kind, heads: tuple[int, int], budget: int, tile_tokens: int) -> None:
-    q, k, v = make(kind, 65, 330, heads=heads, spread=2.0)
-    units = block_units(k, v, block=BLOCK)
-    found, expected = (
-        backend.select_blocks(q, units, budget_keys=budget, tile_tokens=tile_tokens, scale=0.125)
-        for backend in (prefill, twin)
-    )
-    sizes = torch.tensor([64] * 5 + [10, 0], device=kind.device)
-    assert int(sizes[found.blocks.long()].sum(dim=2).max()) <= budget
-    if kind.is_exact:
-        assert torch.equal(found.counts, expected.counts)
-        assert torch.equal(found.blocks[..., : expected.blocks.shape[2]], expected.blocks)
-    else:  # rounded statistics swap blocks of nearly equal scores
-        same = found.flags(6) == expected.flags(6)
-        assert float(same.float().mean()) > 0.9
-
-
 def test_units_are_those_of_the_twin(kind: Kind) -> None:
     _, k, v = make(kind, 1, 150, heads=(2, 2))
     found, expected = block_units(k, v, block=BLOCK), twin.block_units(k, v, block=BLOCK)
@@ -240,28 +167,6 @@ def test_units_are_those_of_the_twin(kind: Kind) -> None:
         torch.testing.assert_close(
             getattr(found, name), getattr(expected, name), atol=1e-2, rtol=kind.tolerance
         )
-
-
-def test_equal_scores_are_taken_by_lowest_block(kind: Kind) -> None:
-    q, k, v = make(kind, 20, 64 * 7 + 5)
-    units = block_units(k, v, block=BLOCK)
-    for budget, expected in ((3 * 64, [0, 1, 2]), (3 * 64 + 63, [0, 1, 2]), (63, [])):
-        chosen = prefill.select_blocks(
-            torch.zeros_like(q), units, budget_keys=budget, tile_tokens=16, scale=0.1
-        )
-        assert set(chosen.counts.flatten().tolist()) == {len(expected)}
-        assert chosen.blocks[1, 0, : len(expected)].tolist() == expected
-
-
-def test_a_tile_selects_by_its_greatest_share_not_by_the_mean(kind: Kind) -> None:
-    """One token of sixteen needs block 2; all others like block 0 a little better than block 1."""
-    q, k, v = make(kind, 16, 4 * BLOCK, heads=(1, 1))
-    q, k = torch.zeros_like(q), torch.zeros_like(k)
-    k[0, :BLOCK, 0], k[0, 2 * BLOCK : 3 * BLOCK, 1] = 1.0, 1.0
-    q[:, 0, 0], q[11, 0, 0], q[11, 0, 1] = 2.0, 0.0, 40.0
-    units = block_units(k, v, block=BLOCK)
-    chosen = prefill.select_blocks(q, units, budget_keys=BLOCK, tile_tokens=16, scale=1.0)
-    assert chosen.blocks[0, 0, 0] == 2
 
 
 @pytest.mark.parametrize("order", ORDERS)
