@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from sparse_attn.kernels.decode import Heads
+from sparse_attn.kernels.early import early_launch
 from sparse_attn.kernels.score import TILE_MEMBERS
 from sparse_attn.kernels.search import MOST_AT_ONCE, shift_of
 from sparse_attn.kernels.take import take_kernel
@@ -62,6 +63,6 @@ class Choice:
             BLOCK_P=triton.next_power_of_2(heads.per_group),
             BLOCK=block, SHIFT=shift_of(width, self.most_keys),
             BY_HEAD=opened is None, BY_MASS=limit.mass is not None, TILE_OPENED=TILE_MEMBERS,
-            SPAN=self.span,
+            SPAN=self.span, **early_launch(self.mass.device),
             num_warps=8 if block == MOST_AT_ONCE else 4,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from sparse_attn.kernels.decode_checks import (
     check_layer,
 )
 from sparse_attn.kernels.dense import attend_runs_kernel
-from sparse_attn.kernels.early import can_start_early, early_launch
+from sparse_attn.kernels.early import early_launch
 from sparse_attn.kernels.evidence import Evidence, spans_of
 from sparse_attn.kernels.merge import merge_kernel, merge_options
 from sparse_attn.kernels.pieces import count_steady, runs_of, split_runs, steady_pieces
@@ -140,11 +140,10 @@ class Rows:
         scale: float,
         window: int = 0,
         scores: Tensor | None = None,
-        is_last: bool = True,
     ) -> None:
         """A part for each run of a table, at the places that the table names; stored: type of its
         keys; window: how many of the tokens that a query sees it attends to, 0 for all; scores [P,
-        N]: filled if given; is_last: whether `merge` comes next.
+        N]: filled if given.
         """
         heads = self.heads
         block_r = min(64, max(16, triton.next_power_of_2(heads.num_queries * heads.per_group)))
@@ -155,7 +154,7 @@ class Rows:
             kept.shape[1],
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=self.kv,
             BLOCK_R=block_r, WINDOW=window, KEEPS=scores is not None, STORED=KV_TYPES[stored],
-            EARLY=is_last and can_start_early(self.out.device), **dense_options(heads.head_dim),
+            **early_launch(self.out.device), **dense_options(heads.head_dim),
         )  # fmt: skip
 
     def merge(
@@ -244,8 +243,7 @@ class DenseDecode:
     def run(self, layer: int, q: Tensor) -> Attended:
         """Attention of q [B, T, H, D]; overwrites what the last call gave."""
         self._rows.check(layer, len(self._runs), q)
-        launches = self._runs[layer]
-        for i, (runs, stored) in enumerate(launches, 1):
+        for runs, stored in self._runs[layer]:
             self._rows.attend_runs(
                 q,
                 runs,
@@ -254,7 +252,6 @@ class DenseDecode:
                 scale=self._scale,
                 window=self._windows[layer],
                 scores=None if self._evidence is None else self._scores,
-                is_last=i == len(launches),
             )
         return self._rows.merge(
             (self._bounds, self._nothing, self._nothing),

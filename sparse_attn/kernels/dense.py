@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from sparse_attn.kernels.common import LN_2, LOG2_E, LOWEST, address, fit_queries, load_stored
-from sparse_attn.kernels.early import let_next_start
+from sparse_attn.kernels.early import take_turn
 
 STEADY_SLOTS = 128  # of the keys that every query reads, where one program would wait for another
 # Columns of a run: addresses of its first key and value, slots, index of its part within the head,
@@ -61,7 +61,7 @@ def attend_run(
     block,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr, KEEPS: tl.constexpr,
-    STORED: tl.constexpr,
+    STORED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The part of one run for a block of rows (query, head of the group).
 
@@ -79,6 +79,7 @@ def attend_run(
     head = tl.load(run + 4)
     first = tl.load(run + 5)
     flat = tl.load(run + 6)
+    take_turn(EARLY)
     document = head // G
     row = block * BLOCK_R + tl.arange(0, BLOCK_R)
     query = row // P
@@ -130,11 +131,10 @@ def attend_runs_kernel(
 
     Grid: (runs, blocks of rows). Reads two rows of D elements of each of the run's slots.
     """
-    let_next_start(EARLY)
     attend_run(
         q, runs + tl.program_id(0).to(tl.int64) * 8, visible, part_out, part_lse, scores, scale,
         num_queries, num_parts, num_slots, tl.program_id(1), G, P, D, KV, BLOCK_R, BLOCK_N, STAGES,
-        WINDOW, KEEPS, STORED,
+        WINDOW, KEEPS, STORED, EARLY,
     )  # fmt: skip
 
 

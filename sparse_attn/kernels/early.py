@@ -1,8 +1,10 @@
 """Starting before the kernel ahead is over (programmatic dependent launch, sm_90).
 
-A kernel calls `let_next_start`, and the next one, if it was launched with `early_launch`, is set up
-while the first still runs; it must call `wait_for_last` before it reads or writes anything (CUDA
-programming guide, "Programmatic Dependent Launch"). Nothing of this changes a bit of a result.
+A kernel calls `take_turn` once: there it waits until the one ahead is over and what that wrote can
+be seen, then lets the next one start, which by then may read whatever is older than its own
+predecessor (CUDA programming guide, "Programmatic Dependent Launch"). So a kernel that is launched
+with `early_launch` may read, before it takes its turn, weights, tables and what two launches before
+left, but nothing that the last one wrote, and may write nothing. No bit of a result changes.
 """
 
 from __future__ import annotations
@@ -31,14 +33,8 @@ def early_launch(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
-def let_next_start(EARLY: tl.constexpr):
-    """The next kernel may start."""
-    if EARLY:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def wait_for_last(EARLY: tl.constexpr):
-    """Wait until whatever was launched before is over, and written."""
+def take_turn(EARLY: tl.constexpr):
+    """Wait until the kernel ahead is over, and let the next one start."""
     if EARLY:
         gdc_wait()
+        gdc_launch_dependents()

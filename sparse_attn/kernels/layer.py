@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_attn.errors import ShapeMismatch
-from sparse_attn.kernels.early import can_start_early, early_launch, let_next_start, wait_for_last
+from sparse_attn.kernels.early import early_launch, take_turn
 from sparse_attn.kernels.layer_checks import check_first, check_like
 from sparse_attn.kernels.prefill_launch import padded
 from sparse_attn.kernels.rotary import rotate_append, rotate_append_each
@@ -85,16 +85,17 @@ def add_rms_norm_kernel(
     Grid: (T), a row each. Masked: columns beyond E, which add zero to the sum of squares. Bytes: 8
     E to read (with a branch), 4 E to write, and 4 E of each norm weight.
     """
-    let_next_start(EARLY)
     column = tl.arange(0, BLOCK)
     is_own = column < E
     at = tl.program_id(0).to(tl.int64) * E + column
+    scale = tl.load(weight + column, mask=is_own, other=0.0)
+    if post_norm is not None:
+        post_scale = tl.load(post_norm + column, mask=is_own, other=0.0)
+    take_turn(EARLY)
     own = tl.load(x + at, mask=is_own, other=0.0)
-    scale = tl.load(weight + column, mask=is_own, other=0.0)  # before what must wait for x
     if branch is not None:
         added = tl.load(branch + at, mask=is_own, other=0.0)
         if post_norm is not None:
-            post_scale = tl.load(post_norm + column, mask=is_own, other=0.0)
             added = normed_row(added, post_scale, eps, E)
         own = (own.to(tl.float32) + added.to(tl.float32)).to(own.dtype)
         tl.store(stream + at, own, mask=is_own)
@@ -111,11 +112,11 @@ def gate_kernel(
 
     Grid: (blocks of columns, T). Masked: columns beyond F. Bytes: 4 BLOCK to read, 2 to write.
     """
-    let_next_start(EARLY)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_own = column < F
     row = tl.program_id(1).to(tl.int64)
     from_ = gate_up + row * (2 * F) + column
+    take_turn(EARLY)
     x = tl.load(from_, mask=is_own, other=0.0)
     up = tl.load(from_ + F, mask=is_own, other=0.0)
     wide = x.to(tl.float32)
@@ -145,7 +146,7 @@ def small_linear_kernel(
     is_row = row < num_rows
     weight_at = weight + column.to(tl.int64)[:, None] * K + inner[None, :]
     x_at = x + row[None, :] * K + inner[:, None]
-    wait_for_last(EARLY)
+    take_turn(EARLY)
     total = tl.zeros((BLOCK_N, ROWS), tl.float32)
     for start in range(0, K, BLOCK_K):
         is_inner = inner < K - start
@@ -183,8 +184,8 @@ def add_rms_norm(
     check_like(x, stream=(out[0], (num_rows, dim)), normed=(out[1], (num_rows, dim)))
     block = padded(dim)
     add_rms_norm_kernel[(num_rows,)](
-        x, branch, weight, post_norm, out[0], out[1], eps, dim, block, can_start_early(x.device),
-        num_warps=norm_warps(block),
+        x, branch, weight, post_norm, out[0], out[1], eps, dim, block,
+        num_warps=norm_warps(block), **early_launch(x.device),
     )  # fmt: skip
     return x if branch is None else out[0], out[1]
 
@@ -205,8 +206,8 @@ def gate(
     check_like(gate_up, out=(result, (num_rows, dim)))
     grid = (triton.cdiv(dim, GATE_COLUMNS), num_rows)
     gate_kernel[grid](
-        gate_up, result, dim, activation == "silu", GATE_COLUMNS, can_start_early(gate_up.device),
-        num_warps=2,
+        gate_up, result, dim, activation == "silu", GATE_COLUMNS, num_warps=2,
+        **early_launch(gate_up.device),
     )  # fmt: skip
     return result
 

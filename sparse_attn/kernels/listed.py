@@ -65,15 +65,15 @@ class ListedDecode:
         rows.check(0, 1, q)
         self._check(slots, bounds)
         programs = max(1, _PROGRAMS // heads.num_problems)
+        # Not early itself: what it reads may be what the kernel ahead writes.
+        early = {"EARLY": can_start_early(q.device)}
         read_kernel[programs, heads.num_problems](
             q, self._kv, slots, bounds, rows.lse, none, none, self._tables, none, bounds,
             rows.lse, rows.out, rows.lse,
             self._scale, heads.num_queries, rows.num_parts, self._capacity, 1, 0, 0, 0,
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=rows.kv,
             TILE=TILE_UNITS, IS_DEEP=False, KEEPS=False, STORED=rows.kv, ESTIMATES=False,
-            **read_launch(
-                self._division, heads.head_dim, heads.per_group, is_early=can_start_early(q.device)
-            ),
+            **read_launch(self._division, heads.head_dim, heads.per_group, early),
         )  # fmt: skip
         return rows.merge(
             (bounds, none, none),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from sparse_attn.kernels.common import LOWEST, halves, log_add, tiles_of_folds
-from sparse_attn.kernels.early import let_next_start, wait_for_last
+from sparse_attn.kernels.early import take_turn
 
 
 def merge_options(head_dim: int) -> dict[str, int]:
@@ -119,7 +119,6 @@ def merge_kernel(
     D], lse_all and lse_read (of what was read alone, steady included) [Z * P]. Reads each part
     once.
     """
-    let_next_start(EARLY)
     z = tl.program_id(1)
     p = tl.program_id(0) // (D // BLOCK)
     column = tl.program_id(0) % (D // BLOCK) * BLOCK + tl.arange(0, BLOCK)
@@ -139,9 +138,12 @@ def merge_kernel(
     if LISTS > 2:
         rest_from, rest = parts_of_folds(bounds_members + z * 9, base_members, TILE_MEMBERS)
         count = tiles_to + rest
-    # The bounds are older than the kernel ahead, which wrote the last of the parts.
-    wait_for_last(EARLY)
+    # The bounds are older than the kernel ahead; so are steady parts, unless it wrote all parts.
+    if READS_ALL:
+        take_turn(EARLY)
     steady, steady_lse = merge_steady(out_at, lse_at, num_steady, p, column, P, D, BLOCK, 8)
+    if not READS_ALL:
+        take_turn(EARLY)
     own = tl.zeros((8, BLOCK), tl.float32)
     high = tl.full((8,), -float("inf"), tl.float32)
     total = tl.zeros((8,), tl.float32)

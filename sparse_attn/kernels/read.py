@@ -29,18 +29,18 @@ def read_options(limit: int | None, head_dim: int) -> dict[str, int]:
 
 
 def read_launch(
-    options: dict[str, int], head_dim: int, per_group: int, *, is_early: bool
+    options: dict[str, int], head_dim: int, per_group: int, early: dict[str, bool]
 ) -> dict[str, int]:
-    """Keywords of a launch of `read_kernel` with these `read_options`; is_early: on a device whose
-    next kernel may start early (`early.py`).
+    """Keywords of a launch of `read_kernel` with these `read_options` and those of `early.py`.
 
     Queries are on the right of a product in short tiles, and there filled up to 8. Registers are
-    limited so that three programs of short tiles run on a multiprocessor, not two.
+    limited so that three programs of short tiles run on a multiprocessor, not two (an option of
+    NVIDIA's compiler).
     """
     is_short = options["STAGES"] == 1
     rows = max(8 if is_short else 16, triton.next_power_of_2(per_group))
-    limits = {"maxnreg": 168} if is_early and is_short and head_dim <= 128 else {}
-    return {**options, **limits, "BLOCK_R": rows, "EARLY": is_early}
+    limits = {"maxnreg": 168} if early["EARLY"] and is_short and head_dim <= 128 else {}
+    return {**options, **limits, **early, "BLOCK_R": rows}
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparse_attn.errors import ShapeMismatch
 from sparse_attn.kernels.common import address
+from sparse_attn.kernels.early import early_launch, take_turn
 from sparse_attn.kernels.layer_checks import check_buffers, check_first, check_like
 from sparse_attn.kernels.prefill_launch import padded
 
@@ -54,6 +55,7 @@ def turned_head(
 def rotate_append_kernel(
     heads, cos, sin, qk_norm, k_buffer, v_buffer, at, q, capacity, stride_k, stride_v, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Norm (where there is one) and rotate the H queries and G keys of a token; append k and v.
 
@@ -64,6 +66,7 @@ def rotate_append_kernel(
     head = tl.program_id(1)
     column = tl.arange(0, BLOCK)
     is_own = column < D // 2
+    take_turn(EARLY)
     row = tl.load(at) + t
     is_kept = is_own & (row >= 0) & (row < capacity)
     low, high = turned_head(heads, cos, sin, qk_norm, t, head, column, is_own, eps, H, G, D)
@@ -81,6 +84,7 @@ def rotate_append_kernel(
 def rotate_append_each_kernel(
     heads, cos, sin, qk_norm, rooms, q, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """As `rotate_append_kernel`, with buffers of its own for each token: a row of `rooms` names
     them, int64 [T, 4]: addresses of k and of v [G, capacity, D], of the row that is next, capacity.
@@ -89,6 +93,7 @@ def rotate_append_each_kernel(
     head = tl.program_id(1)
     column = tl.arange(0, BLOCK)
     is_own = column < D // 2
+    take_turn(EARLY)
     low, high = turned_head(heads, cos, sin, qk_norm, t, head, column, is_own, eps, H, G, D)
     if head < H:
         store_halves(q + (t * H + head) * D + column, low, high, is_own, D)
@@ -143,7 +148,7 @@ def rotate_append(
     rotate_append_kernel[(num_tokens, heads.shape[1])](
         heads, cos, sin, qk_norm, k_buffer, v_buffer, at, q,
         capacity, k_buffer.stride(0), v_buffer.stride(0), eps,
-        num_heads, num_kv_heads, dim, padded(dim // 2), num_warps=1,
+        num_heads, num_kv_heads, dim, padded(dim // 2), num_warps=1, **early_launch(q.device),
     )  # fmt: skip
     return q
 
@@ -166,7 +171,7 @@ def rotate_append_each(
     check_like(heads, torch.int64, rooms=(rooms, (num_tokens, 4)))
     rotate_append_each_kernel[(num_tokens, heads.shape[1])](
         heads, cos, sin, qk_norm, rooms, q, eps,
-        num_heads, num_kv_heads, dim, padded(dim // 2), num_warps=1,
+        num_heads, num_kv_heads, dim, padded(dim // 2), num_warps=1, **early_launch(q.device),
     )  # fmt: skip
     return q
 

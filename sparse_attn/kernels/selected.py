@@ -26,7 +26,7 @@ from sparse_attn.kernels.decode import (
     check_documents,
 )
 from sparse_attn.kernels.dense import STEADY_SLOTS
-from sparse_attn.kernels.early import can_start_early
+from sparse_attn.kernels.early import can_start_early, early_launch
 from sparse_attn.kernels.evidence import Evidence
 from sparse_attn.kernels.pieces import count_steady, runs_of, steady_pieces
 from sparse_attn.kernels.read import read_launch, read_options
@@ -293,7 +293,7 @@ class CentroidDecode:
             self._mass, self._tile_lse, rows.out, rows.lse,
             self._scale, heads.num_queries, rows.num_parts, self._width, self._tile_lse.shape[1],
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=rows.kv, BLOCK_R=block_r,
-            BLOCK_N=STEADY_SLOTS, TILE=TILE_UNITS, num_warps=8,
+            BLOCK_N=STEADY_SLOTS, TILE=TILE_UNITS, num_warps=8, EARLY=can_start_early(q.device),
         )  # fmt: skip
 
     def _open(self, layer: int, q: Tensor) -> None:
@@ -307,7 +307,7 @@ class CentroidDecode:
             self._opened_lse.shape[1], self._bases[1],
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim,
             BLOCK_R=heads.columns, BLOCK_N=TILE_UNITS,
-            TILE_MEMBERS=TILE_MEMBERS, num_warps=4,
+            TILE_MEMBERS=TILE_MEMBERS, num_warps=4, **early_launch(q.device),
         )  # fmt: skip
 
     def _read(self, layer: int, q: Tensor) -> None:
@@ -324,9 +324,7 @@ class CentroidDecode:
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=rows.kv,
             TILE=TILE_UNITS, IS_DEEP=self._is_deep, KEEPS=self._keeps, STORED=self._stored,
             ESTIMATES=self._estimates,
-            **read_launch(
-                self._division, heads.head_dim, heads.per_group, is_early=can_start_early(q.device)
-            ),
+            **read_launch(self._division, heads.head_dim, heads.per_group, early_launch(q.device)),
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from sparse_attn.kernels.common import address, fit_queries, span_of, tiles_of_folds
 from sparse_attn.kernels.dense import attend_run
-from sparse_attn.kernels.early import let_next_start
+from sparse_attn.kernels.early import take_turn
 from sparse_attn.kernels.read import estimate_members, estimate_tile, read_tile
 from sparse_attn.kernels.score import load_queries, score_members, score_tile
 
@@ -21,19 +21,20 @@ def look_kernel(
     q, runs, num_runs, visible, tiles, tables, log_mass, tile_lse, part_out, part_lse,
     scale, num_queries, num_parts, width, num_tiles,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Attend to the steady keys and score the units that are looked at first.
 
     Grid: (steady runs and tiles of units, blocks of rows). Everything as in `dense.attend_run` and
     `score.score_tile`.
     """
+    take_turn(EARLY)
     item = tl.program_id(0)
     if item < num_runs:
         attend_run(
             q, runs + item * 8, visible, part_out, part_lse, log_mass, scale, num_queries,
             num_parts, 0, tl.program_id(1), G, P, D, KV, BLOCK_R, BLOCK_N, 1, 0, False,
-            KV,
+            KV, False,
         )  # fmt: skip
     else:
         score_tile(
@@ -48,7 +49,7 @@ def open_kernel(
     opened_lse, part_out, part_lse,
     scale, num_queries, num_parts, group_width, width, max_opened, base,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILE_MEMBERS: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILE_MEMBERS: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Estimate groups that stay closed, and score the clusters of those that are opened.
 
@@ -60,14 +61,15 @@ def open_kernel(
     document = z // (G * num_queries)
     first_tile = tl.load(tile_first + document * G + g)
     num_tiles = tl.load(tile_first + document * G + g + 1) - first_tile
-    from_, to, before, opened = tiles_of_folds(packed_bounds + z * 9, TILE_MEMBERS)
-    num_items = num_tiles + tl.sum(opened, 0)
     table = tables + document * 6
     at = g * tl.load(table + 3)
     row = tl.arange(0, BLOCK_R)
     x, x_low, squares, squares_low, factor = load_queries(q, z * P + row, row < P, scale, D)
     centroids = address(table, tl.float16) + at * D
     variances = address(table + 1, tl.float16) + at * D
+    take_turn(EARLY)
+    from_, to, before, opened = tiles_of_folds(packed_bounds + z * 9, TILE_MEMBERS)
+    num_items = num_tiles + tl.sum(opened, 0)
     for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
         if item < num_tiles:
             estimate_tile(
@@ -102,7 +104,6 @@ def read_kernel(
     [N, D] of type STORED (`dense.attend_run`), and of their scales [G, 2]. IS_DEEP: the clusters
     are `members` of opened groups, else those of `tiles`.
     """
-    let_next_start(EARLY)
     z = tl.program_id(1)
     g = z % G
     document = z // (G * num_queries)
@@ -124,6 +125,7 @@ def read_kernel(
         value_scale = tl.load(scales + 1)
     if STAGES == 1:
         x = tl.trans(x)
+    take_turn(EARLY)
     read_from, read_to, read_before, reads = tiles_of_folds(slot_bounds + z * 9, TILE_READ)
     num_reads = tl.sum(reads, 0)
     num_tiles = num_reads

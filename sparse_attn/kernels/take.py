@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from sparse_attn.kernels.common import LOWEST, address, tiles_of_folds
+from sparse_attn.kernels.early import take_turn
 from sparse_attn.kernels.emit import emit, expand, hide_taken
 from sparse_attn.kernels.search import low_part, packed, search_keys, units_at
 from sparse_attn.kernels.take_mass import take_mass
@@ -81,7 +82,7 @@ def take_kernel(
     limit, goal, max_entries, capacity,
     G: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
     SHIFT: tl.constexpr, BY_HEAD: tl.constexpr, BY_MASS: tl.constexpr, TILE_OPENED: tl.constexpr,
-    SPAN: tl.constexpr,
+    SPAN: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Units of one problem, by falling benefit until `limit` keys or `goal` quanta of mass.
 
@@ -101,6 +102,8 @@ def take_kernel(
     edges = tl.load(unit_bounds + row * 9 + fold, mask=fold < 9, other=0)
     count = tl.load(unit_bounds + row * 9 + 8)
     z = z.to(tl.int64)
+    if not BY_HEAD:
+        take_turn(EARLY)
     num_opened = 0
     own_opened = opened_lse
     if opened_lse is not None:
@@ -114,6 +117,7 @@ def take_kernel(
         firsts = address(at + 1, tl.int32)
         counts = address(at + 2, tl.int32)
         held = count
+        take_turn(EARLY)
     else:
         plane = tl.num_programs(0).to(tl.int64) * width
         sizes = units + plane + z * width

@@ -8,6 +8,7 @@ TRITON_INTERPRET is not set.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import triton
@@ -20,8 +21,8 @@ from sparse_attn.kernels.merge import merge_options
 from sparse_attn.kernels.read import LONG, read_launch, read_options
 from sparse_attn.kernels.score import TILE_MEMBERS, TILE_UNITS
 from sparse_attn.kernels.search import MOST_AT_ONCE
+from tests.sparse_attn.compiling import Entry, started_early
 
-Entry = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 _FLOAT, _INT, _LONG = "*fp32", "*i32", "*i64"
 _KV = {"bf16": tl.bfloat16, "fp16": tl.float16}
 _PARTS = {"part_out": _FLOAT, "part_lse": _FLOAT}
@@ -146,7 +147,7 @@ def _read(
     capacity: int = 2048,
     stored: Any = None,
     estimates: bool = True,
-    is_early: bool = False,
+    is_early: bool,
 ) -> Entry:
     signature = {
         "q": f"*{kv}",
@@ -162,8 +163,10 @@ def _read(
         **_counts("num_queries", "num_parts", "capacity", "width"),
         **_counts("base_read", "base_tiles", "base_members"),
     }
-    division = read_launch(read_options(capacity, head_dim), head_dim, per_group, is_early=is_early)
-    options = {k: division.pop(k) for k in ("num_warps", "maxnreg") if k in division}
+    early = {"EARLY": is_early}
+    division = read_launch(read_options(capacity, head_dim), head_dim, per_group, early)
+    names = ("num_warps", "maxnreg")
+    options: dict[str, int] = {k: division.pop(k) for k in names if k in division}
     constants = {
         **_shape(per_group, head_dim),
         "KV": _KV[kv],
@@ -207,9 +210,7 @@ def _take(per_group: int, block: int, *, by_mass: bool, expands: bool, shift: in
     return take.take_kernel, signature, constants, options
 
 
-def _merge(
-    kv: str, head_dim: int, per_group: int, num_lists: int, *, is_early: bool = False
-) -> Entry:
+def _merge(kv: str, head_dim: int, per_group: int, num_lists: int) -> Entry:
     signature = {
         **_PARTS,
         **_pointers(_INT, "bounds_read", "bounds_tiles", "bounds_members"),
@@ -219,8 +220,7 @@ def _merge(
             "num_queries", "num_parts", "num_steady", "base_read", "base_tiles", "base_members"
         ),
     }
-    options: dict[str, int] = merge_options(head_dim)
-    options |= {"launch_pdl": True} if is_early else {}
+    options = merge_options(head_dim)
     constants = {
         "G": 8,
         "P": per_group,
@@ -231,7 +231,6 @@ def _merge(
         "TILE_MEMBERS": 1 if num_lists == 1 else TILE_UNITS,
         "LISTS": num_lists,
         "READS_ALL": num_lists == 1,
-        "EARLY": is_early,
     }
     return merge.merge_kernel, signature, constants, options
 
@@ -264,7 +263,8 @@ def _missed(
     yield sample.bound_kernel, bound, {**shape, **divided}, {}
 
 
-def _each() -> Iterator[Entry]:
+def _each(*, is_early: bool) -> Iterator[Entry]:
+    read = partial(_read, is_early=is_early)
     for kv, head_dim, per_group in (
         *(("bf16", head_dim, per_group) for head_dim in (64, 128, 256) for per_group in (1, 4, 16)),
         *(("fp16", head_dim, 4) for head_dim in (64, 128, 256)),
@@ -273,8 +273,8 @@ def _each() -> Iterator[Entry]:
         yield _runs(*shape)
         yield _look(*shape)
         yield _open(*shape)
-        yield _read(*shape)
-        yield _read(*shape, is_deep=True)
+        yield read(*shape)
+        yield read(*shape, is_deep=True)
         yield _merge(*shape, num_lists=3)
     for head_dim in (64, 128, 256):
         yield _runs("bf16", head_dim, 4, num_queries=16)
@@ -284,17 +284,17 @@ def _each() -> Iterator[Entry]:
         for per_group in (1, 4, 16):
             yield _runs("bf16", head_dim, per_group, stored=tl.float8e4nv)
             for is_deep in (False, True):
-                yield _read("bf16", head_dim, per_group, is_deep=is_deep, stored=tl.float8e4nv)
+                yield read("bf16", head_dim, per_group, is_deep=is_deep, stored=tl.float8e4nv)
         yield from _missed("bf16", head_dim, 4, 2, stored=tl.float8e4nv)
     yield _runs("bf16", 128, 4, keeps=True, stored=tl.float8e4nv)
-    yield _read("bf16", 128, 4, is_deep=True, keeps=True, stored=tl.float8e4nv)
+    yield read("bf16", 128, 4, is_deep=True, keeps=True, stored=tl.float8e4nv)
     yield _runs("bf16", 128, 4, window=128)
     yield _runs("bf16", 128, 4, keeps=True)
-    yield _read("bf16", 128, 4, is_deep=True, keeps=True)
+    yield read("bf16", 128, 4, is_deep=True, keeps=True)
     for head_dim in (64, 128, 256):
-        yield _read("bf16", head_dim, 4, capacity=LONG + 1)
-        yield _read("bf16", head_dim, 4, capacity=LONG + 1, estimates=False)
-        yield _read("bf16", head_dim, 4, capacity=LONG + 1, is_deep=True)
+        yield read("bf16", head_dim, 4, capacity=LONG + 1)
+        yield read("bf16", head_dim, 4, capacity=LONG + 1, estimates=False)
+        yield read("bf16", head_dim, 4, capacity=LONG + 1, is_deep=True)
     yield _merge("bf16", 128, 4, num_lists=1)
     yield _merge("bf16", 128, 4, num_lists=2)
     for per_group in (1, 4, 7, 16):
@@ -306,11 +306,5 @@ def _each() -> Iterator[Entry]:
                 yield _take(per_group, block, by_mass=by_mass, expands=False, shift=32)
 
 
-KERNELS_AMD: list[Entry] = list(_each())
-# What starts early, or lets others, is of NVIDIA alone.
-KERNELS: list[Entry] = [
-    *KERNELS_AMD,
-    *(_merge("bf16", 128, 4, num_lists, is_early=True) for num_lists in (1, 3)),
-    *(_read("bf16", head_dim, 4, is_deep=True, is_early=True) for head_dim in (64, 128, 256)),
-    _read("bf16", 128, 4, is_deep=True, keeps=True, is_early=True, stored=tl.float8e4nv),
-]
+KERNELS_AMD: list[Entry] = list(_each(is_early=False))
+KERNELS: list[Entry] = started_early(_each(is_early=True))

@@ -7,13 +7,12 @@ pointers and strides are multiples of 16 bytes. Import this where TRITON_INTERPR
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from sparse_attn.kernels import layer, rotary
 from sparse_attn.kernels.layer import AMD, NVIDIA, Tile
+from tests.sparse_attn.compiling import Entry, started_early
 
 Constants = dict[str, int | None]
-Entry = tuple[Any, dict[str, str], Constants, dict[str, int]]
 _HALF, _FLOAT = "*bf16", "*fp32"
 
 
@@ -21,8 +20,8 @@ def _pointers(kind: str, *names: str) -> dict[str, str]:
     return dict.fromkeys(names, kind)
 
 
-def _norm(dim: int, block: int, *, has_branch: bool, has_post: bool, is_early: bool) -> Entry:
-    constants: Constants = {"E": dim, "BLOCK": block, "EARLY": is_early}
+def _norm(dim: int, block: int, *, has_branch: bool, has_post: bool) -> Entry:
+    constants: Constants = {"E": dim, "BLOCK": block}
     signature = {
         "x": _HALF,
         **_pointers(_HALF, *(["branch"] if has_branch else [])),
@@ -64,14 +63,13 @@ def _rotate_each(heads: tuple[int, int], dim: int, block: int, *, has_norm: bool
     return rotary.rotate_append_each_kernel, signature, constants, {"num_warps": 1}
 
 
-def _gate(dim: int, *, is_silu: bool, is_early: bool) -> Entry:
+def _gate(dim: int, *, is_silu: bool) -> Entry:
     signature = _pointers(_HALF, "gate_up", "out")
     constants: Constants = {"F": dim, "IS_SILU": is_silu, "BLOCK": layer.GATE_COLUMNS}
-    constants["EARLY"] = is_early
     return layer.gate_kernel, signature, constants, {"num_warps": 2}
 
 
-def _product(tile: Tile, inner: int, num_rows: int, *, has_bias: bool, is_early: bool) -> Entry:
+def _product(tile: Tile, inner: int, num_rows: int, *, has_bias: bool) -> Entry:
     signature = {
         **_pointers(_HALF, "x", "weight", *(["bias"] if has_bias else []), "out"),
         **dict.fromkeys(("num_rows", "num_columns"), "i32"),
@@ -81,19 +79,16 @@ def _product(tile: Tile, inner: int, num_rows: int, *, has_bias: bool, is_early:
         "ROWS": layer.padded_rows(num_rows),
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
-        "EARLY": is_early,
     }
     constants |= {} if has_bias else {"bias": None}
-    options: dict[str, int] = tile.options()
-    options |= {"launch_pdl": True} if is_early else {}
-    return layer.small_linear_kernel, signature, constants, options
+    return layer.small_linear_kernel, signature, constants, tile.options()
 
 
-def _each(tiles: dict[int, Tile], *, is_early: bool) -> Iterator[Entry]:
+def _each(tiles: dict[int, Tile]) -> Iterator[Entry]:
     for dim, block in ((576, 1024), (4096, 4096), (5376, 8192), (8192, 8192)):
-        yield _norm(dim, block, has_branch=False, has_post=False, is_early=is_early)
-        yield _norm(dim, block, has_branch=True, has_post=False, is_early=is_early)
-        yield _norm(dim, block, has_branch=True, has_post=True, is_early=is_early)
+        yield _norm(dim, block, has_branch=False, has_post=False)
+        yield _norm(dim, block, has_branch=True, has_post=False)
+        yield _norm(dim, block, has_branch=True, has_post=True)
     for heads, dim, block in (
         ((9, 3), 64, 32),
         ((32, 32), 80, 64),
@@ -105,14 +100,14 @@ def _each(tiles: dict[int, Tile], *, is_early: bool) -> Iterator[Entry]:
         yield _rotate_each(heads, dim, block, has_norm=False)
         yield _rotate_each(heads, dim, block, has_norm=True)
     for dim in (1536, 14336):
-        yield _gate(dim, is_silu=True, is_early=is_early)
-        yield _gate(dim, is_silu=False, is_early=is_early)
+        yield _gate(dim, is_silu=True)
+        yield _gate(dim, is_silu=False)
     for tile in tiles.values():
         for num_rows in (1, 32, 64):
-            yield _product(tile, 4096, num_rows, has_bias=False, is_early=is_early)
-        yield _product(tile, 576, 1, has_bias=True, is_early=is_early)
-        yield _product(tile, 14336, 16, has_bias=False, is_early=is_early)
+            yield _product(tile, 4096, num_rows, has_bias=False)
+        yield _product(tile, 576, 1, has_bias=True)
+        yield _product(tile, 14336, 16, has_bias=False)
 
 
-KERNELS: list[Entry] = list(_each(NVIDIA, is_early=True))
-KERNELS_AMD: list[Entry] = list(_each(AMD, is_early=False))
+KERNELS: list[Entry] = started_early(_each(NVIDIA))
+KERNELS_AMD: list[Entry] = list(_each(AMD))
