@@ -125,7 +125,7 @@ def attend_runs_kernel(
     q, runs, visible, part_out, part_lse, scores, scale, num_queries, num_parts, num_slots,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr, KEEPS: tl.constexpr,
-    STORED: tl.constexpr, EARLY: tl.constexpr = False,
+    STORED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q K^T) V over one run, for a block of rows.
 

@@ -77,7 +77,7 @@ def normed_row(x, scale, eps, E: tl.constexpr):
 @triton.jit
 def add_rms_norm_kernel(
     x, branch, weight, post_norm, stream, normed, eps, E: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """stream = x + branch, or x + rms_norm(branch, post_norm) where the model has one (Gemma);
     normed = rms_norm(stream, weight) of the rounded stream; without a branch the stream is x.
@@ -105,7 +105,7 @@ def add_rms_norm_kernel(
 @triton.jit
 def gate_kernel(
     gate_up, out, F: tl.constexpr, IS_SILU: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """act(gate), rounded, times up: silu(x) = x / (1 + exp(-x)), and gelu by tanh(u) is
     x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).
@@ -130,7 +130,7 @@ def gate_kernel(
 def small_linear_kernel(
     x, weight, bias, out, num_rows, num_columns,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[t, n] = round(sum over k of weight[n, k] x[t, k], in float32, + bias[n]).
 

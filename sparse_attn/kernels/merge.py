@@ -108,7 +108,7 @@ def merge_kernel(
     num_queries, num_parts, num_steady, base_read, base_tiles, base_members,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr, TILE_READ: tl.constexpr, TILE_MEMBERS: tl.constexpr,
-    LISTS: tl.constexpr, READS_ALL: tl.constexpr, EARLY: tl.constexpr = False,
+    LISTS: tl.constexpr, READS_ALL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Everything that a problem attended to, as one part.
 

@@ -55,7 +55,7 @@ def turned_head(
 def rotate_append_kernel(
     heads, cos, sin, qk_norm, k_buffer, v_buffer, at, q, capacity, stride_k, stride_v, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Norm (where there is one) and rotate the H queries and G keys of a token; append k and v.
 
@@ -84,7 +84,7 @@ def rotate_append_kernel(
 def rotate_append_each_kernel(
     heads, cos, sin, qk_norm, rooms, q, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """As `rotate_append_kernel`, with buffers of its own for each token: a row of `rooms` names
     them, int64 [T, 4]: addresses of k and of v [G, capacity, D], of the row that is next, capacity.

@@ -21,7 +21,7 @@ def look_kernel(
     q, runs, num_runs, visible, tiles, tables, log_mass, tile_lse, part_out, part_lse,
     scale, num_queries, num_parts, width, num_tiles,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr = False,
+    BLOCK_N: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attend to the steady keys and score the units that are looked at first.
 
@@ -49,7 +49,7 @@ def open_kernel(
     opened_lse, part_out, part_lse,
     scale, num_queries, num_parts, group_width, width, max_opened, base,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILE_MEMBERS: tl.constexpr, EARLY: tl.constexpr = False,
+    BLOCK_N: tl.constexpr, TILE_MEMBERS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Estimate groups that stay closed, and score the clusters of those that are opened.
 
@@ -96,7 +96,7 @@ def read_kernel(
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_READ: tl.constexpr, STAGES: tl.constexpr, TILE: tl.constexpr,
     IS_DEEP: tl.constexpr, KEEPS: tl.constexpr, STORED: tl.constexpr, ESTIMATES: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Read the slots that were chosen, and, where ESTIMATES, estimate the clusters that were not.
 

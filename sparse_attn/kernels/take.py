@@ -82,7 +82,7 @@ def take_kernel(
     limit, goal, max_entries, capacity,
     G: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
     SHIFT: tl.constexpr, BY_HEAD: tl.constexpr, BY_MASS: tl.constexpr, TILE_OPENED: tl.constexpr,
-    SPAN: tl.constexpr, EARLY: tl.constexpr = False,
+    SPAN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Units of one problem, by falling benefit until `limit` keys or `goal` quanta of mass.
 

@@ -21,7 +21,7 @@ from sparse_attn.kernels.merge import merge_options
 from sparse_attn.kernels.read import LONG, read_launch, read_options
 from sparse_attn.kernels.score import TILE_MEMBERS, TILE_UNITS
 from sparse_attn.kernels.search import MOST_AT_ONCE
-from tests.sparse_attn.compiling import Entry, started_early
+from tests.sparse_attn.compiling import Entry, launched
 
 _FLOAT, _INT, _LONG = "*fp32", "*i32", "*i64"
 _KV = {"bf16": tl.bfloat16, "fp16": tl.float16}
@@ -306,5 +306,5 @@ def _each(*, is_early: bool) -> Iterator[Entry]:
                 yield _take(per_group, block, by_mass=by_mass, expands=False, shift=32)
 
 
-KERNELS_AMD: list[Entry] = list(_each(is_early=False))
-KERNELS: list[Entry] = started_early(_each(is_early=True))
+KERNELS_AMD: list[Entry] = launched(_each(is_early=False), is_early=False)
+KERNELS: list[Entry] = launched(_each(is_early=True), is_early=True)

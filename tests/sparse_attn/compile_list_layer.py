@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from sparse_attn.kernels import layer, rotary
 from sparse_attn.kernels.layer import AMD, NVIDIA, Tile
-from tests.sparse_attn.compiling import Entry, started_early
+from tests.sparse_attn.compiling import Entry, launched
 
 Constants = dict[str, int | None]
 _HALF, _FLOAT = "*bf16", "*fp32"
@@ -109,5 +109,5 @@ def _each(tiles: dict[int, Tile]) -> Iterator[Entry]:
         yield _product(tile, 14336, 16, has_bias=False)
 
 
-KERNELS: list[Entry] = started_early(_each(NVIDIA))
-KERNELS_AMD: list[Entry] = list(_each(AMD))
+KERNELS: list[Entry] = launched(_each(NVIDIA), is_early=True)
+KERNELS_AMD: list[Entry] = launched(_each(AMD), is_early=False)

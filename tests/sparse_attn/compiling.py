@@ -1,4 +1,4 @@
-"""Entries of the lists of kernels as they are launched where one may start before another is over."""
+"""Entries of the lists of kernels as one vendor launches them: early (`kernels/early.py`) or not."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 Entry = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 
 
-def started_early(entries: Iterable[Entry]) -> list[Entry]:
-    """The same, each kernel that knows about it (`sparse_attn/kernels/early.py`) started early."""
+def launched(entries: Iterable[Entry], *, is_early: bool) -> list[Entry]:
+    """The same, with what `early_launch` gives to each kernel that takes it."""
+    options = {"launch_pdl": True} if is_early else {}
     return [
-        (kernel, signature, {**constants, "EARLY": True}, {**options, "launch_pdl": True})
+        (kernel, signature, {**constants, "EARLY": is_early}, {**own, **options})
         if "EARLY" in kernel.arg_names
-        else (kernel, signature, constants, options)
-        for kernel, signature, constants, options in entries
+        else (kernel, signature, constants, own)
+        for kernel, signature, constants, own in entries
     ]
