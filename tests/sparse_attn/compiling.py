@@ -1,4 +1,4 @@
-"""Entries of the lists of kernels as one vendor launches them: early (`kernels/early.py`) or not."""
+"""Entries of the lists of kernels, launched early (`kernels/early.py`) or not."""
 
 from __future__ import annotations
 
