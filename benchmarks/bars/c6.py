@@ -193,7 +193,7 @@ def _measure(engine: Engine, options: argparse.Namespace, chosen: IngestOptions)
     )
     shares = ", ".join(f"{name} {share:.1%}" for name, share in found.shares().items())
     note(f"{chosen.prefill}: {total_s:.2f} s: {shares}")
-    gigabytes, moving_s = info.disk_bytes / 1e9, found.leaving_s - found.writing_s
+    gigabytes, moving_s = info.disk_bytes / 1e9, max(0.0, found.leaving_s - found.writing_s)
     note(f"  {gigabytes:.1f} GB: to the host {moving_s:.2f} s, to the disk {found.writing_s:.2f} s")
     return found
 
