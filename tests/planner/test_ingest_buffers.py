@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,44 +26,44 @@ from sparse_attn.select.centroid_build import CentroidParams, build
 from tests.planner.machines import LLAMA, choice, machine, workload
 
 CPU = torch.device("cpu")
+WEAK_REF: Any = StorageWeakRef
 SEGMENT_TOKENS, NUM_TOKENS, CHUNK_TOKENS = 256, 512, 32
 NUM_PROBLEMS = LLAMA.num_layers * LLAMA.num_kv_heads
 SEGMENT_BYTES = 8192 * NUM_PROBLEMS * 2 * LLAMA.head_dim * 2
 TOPOLOGY = replace(machine(1), dtype="float32")
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage that an operator gave out and that is still there."""
+@contextmanager
+def live_bytes() -> Iterator[list[int]]:
+    """Bytes of every storage that an operator gave out and that is still there, after each one."""
+    seen: dict[int, tuple[Any, int]] = {}
+    totals: list[int] = []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def run(_: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self._seen = {at: own for at, own in self._seen.items() if not own[0].expired()}
+        for at in [at for at, (ref, _) in seen.items() if ref.expired()]:
+            del seen[at]
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                ref = StorageWeakRef(storage)
-                self._seen.setdefault(ref.cdata, (ref, storage.nbytes()))
-        self.peak = max(self.peak, sum(num_bytes for _, num_bytes in self._seen.values()))
+                ref = WEAK_REF(x.untyped_storage())
+                seen.setdefault(ref.cdata, (ref, x.untyped_storage().nbytes()))
+        totals.append(sum(num_bytes for _, num_bytes in seen.values()))
         return out
+
+    with type("LiveBytes", (TorchDispatchMode,), {"__torch_dispatch__": run})():
+        yield totals
 
 
 def test_an_ingest_on_a_gpu_holds_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(sealing, "build", partial(build, kernels=True))
-    shape = {"model_dim": 32, "mlp_dim": 64, "head_dim": 8, "vocab_size": 259}
-    cfg = replace(shape_config("shape:llama-3.1-8b@2"), num_heads=4, num_kv_heads=2, **shape)
+    cfg = replace(shape_config("shape:llama-3.1-8b@2"), num_heads=4, num_kv_heads=2)
+    cfg = replace(cfg, model_dim=32, mlp_dim=64, head_dim=8, vocab_size=259)
     decoder = Decoder(cfg, random_weights(cfg, dtype=torch.float32, device=CPU))
     work = workload(NUM_TOKENS, cfg=cfg, segment_tokens=SEGMENT_TOKENS)
     clusters = CentroidParams(iterations=1).for_document(NUM_TOKENS)
     ids = torch.arange(NUM_TOKENS) % cfg.vocab_size
-    with LiveBytes() as live:
+    with live_bytes() as live:
         prefill = Prefill(decoder, find_backend("torch"), work.layout("float32"), clusters=clusters)
         for segment_idx in range(NUM_TOKENS // SEGMENT_TOKENS):
             first = segment_idx * SEGMENT_TOKENS
@@ -70,7 +71,7 @@ def test_an_ingest_on_a_gpu_holds_what_is_predicted(monkeypatch: pytest.MonkeyPa
                 prefill.fill(ids[start : start + CHUNK_TOKENS], start)
             prefill.append(segment_idx, prefill.build(segment_idx))
     use = ingest_memory(work, choice(chunk_tokens=CHUNK_TOKENS), TOPOLOGY)
-    assert use.tensors - use.weights == pytest.approx(live.peak, rel=0.05)
+    assert use.tensors - use.weights == pytest.approx(max(live), rel=0.05)
 
 
 def test_a_segment_on_its_way_to_the_disk_is_beside_the_next_ones_chunks() -> None:
