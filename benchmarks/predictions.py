@@ -114,11 +114,11 @@ def predict_case(case: Case, topology: Topology) -> dict[str, Plan]:
         answer_tokens=ANSWER_TOKENS,
         weights_file_bytes=file_bytes,
     )
-    plans = {}
+    plans, n = {}, case.num_ranks
     for mode in ("exact", "centroid"):
         request = PlanRequest(
             model=case.model,
-            machine=case.machine,
+            machine=f"cpu:{n}" if case.machine == "cpu" else f"{n}x{case.machine}",
             num_tokens=case.num_tokens,
             segment_tokens=case.segment_tokens,
             mode=mode,

@@ -3,8 +3,8 @@
 Owns the one segment that is on its way to the disk. Refuses to know what is in it, and when it
 counts as sealed: that is when whoever waits for it has told the manifest.
 
-On a GPU a segment of gigabytes leaves through a stream of its own, and a thread has it checked,
-written and synced. On a CPU whoever waits writes: there the cores are needed for computing.
+On a GPU a segment of gigabytes leaves through a stream and a buffer of its own; a thread has it
+checked, written and synced. On a CPU whoever waits writes: there cores are needed for computing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kv_store import FileEntry, SegmentFiles
+from kv_store.staging import Staging
 
 Heads = Mapping[int, Mapping[str, Tensor]]
 Entries = dict[int, FileEntry]
@@ -30,6 +31,8 @@ class SegmentWriting:
         self.files = files
         self._device = device
         self._thread = ThreadPoolExecutor(1) if device.type == "cuda" else None
+        self._staging = Staging(is_locked=device.type == "cuda")
+        self._stream: Any = None
         self._pending: Callable[[], Entries] | None = None
 
     def start(self, segment_idx: int, heads: Heads) -> None:
@@ -53,9 +56,11 @@ class SegmentWriting:
             self._thread.shutdown()
 
     def _write(self, segment_idx: int, heads: Heads, built: Any) -> Entries:
-        cuda: Any = torch.cuda
-        stream = cuda.Stream(self._device)
-        stream.wait_event(built)
-        with torch.cuda.stream(stream):
-            host = {head: {n: x.cpu() for n, x in own.items()} for head, own in heads.items()}
+        if self._stream is None:  # one for all segments, so that its memory is used again
+            cuda: Any = torch.cuda
+            self._stream = cuda.Stream(self._device)
+        self._stream.wait_event(built)
+        with torch.cuda.stream(self._stream):
+            host = self._staging.copy(heads)
+        self._stream.synchronize()
         return self.files.write(segment_idx, host)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from collectives.mesh import Mesh
+from orchestrator.planner.ingest_buffers import Phase, chunk_phase, cluster_phases
 from orchestrator.planner.plan_buffers import PlanSizes, question_plan_bytes
 from orchestrator.planner.shards import head_share, matrix_share, slot_share, widest_shard
 from orchestrator.planner.topology import Topology
@@ -26,13 +27,8 @@ TOKENIZER_BYTES_PER_ENTRY = 480
 _PIECE_BYTES = 1 << 26
 # Pieces of a rank's outbox for tensors of one size, where it waits as it goes.
 _PIECES = 2
-# As `sparse_attn.select.centroid_build.MAX_DISTANCE_BYTES`, on a CPU and on a GPU.
-_MAX_DISTANCE_BYTES = {True: 2 << 20, False: 1 << 30}
 # Tile in which question tokens look up together (`AttentionPlan.tile_tokens`).
 _TILE_TOKENS = 64
-
-Phase = tuple[int, ...]
-"""Bytes of each buffer that is alive at one moment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,61 +161,6 @@ def question_memory(workload: Workload, choice: Choice, topology: Topology) -> M
     )
 
 
-def chunk_phase(workload: Workload, choice: Choice, topology: Topology) -> Phase:
-    """Buffers of one layer of a prefill chunk, attention and MLP at once: they take turns, and what
-    one has freed the other uses.
-    """
-    cfg, T, item = workload.cfg, choice.chunk_tokens, topology.item_bytes
-    heads, shard = head_share(cfg, choice.mesh), widest_shard(cfg, choice.mesh)
-    rotated = heads.group_heads + heads.group_kv_heads
-    stream = 3 * [T * cfg.model_dim * item]  # the stream, its norm, a branch
-    projected = [T * (rotated + heads.group_kv_heads) * cfg.head_dim * item]
-    rotation = [T * rotated * cfg.head_dim * item]
-    own = T * heads.own_heads * cfg.head_dim
-    causal = 3 * [own * item] + [own * _FLOAT]  # keys and values of every query head; out; part
-    sealed = T * heads.group_heads * cfg.head_dim
-    parts = [sealed * item, sealed * item, sealed * _FLOAT, own * _FLOAT, own * _FLOAT]
-    attention = [*stream, *projected, *rotation, *causal, *parts]
-    layout = workload.layout(topology.dtype)
-    if layout.is_fp8:  # keys and values of one head's sealed segments, as numbers
-        slots = slot_share(layout, choice.mesh, workload.clusters)
-        sealed_slots = max(slots.sealed) // heads.group_kv_heads
-        attention += 2 * [sealed_slots * cfg.head_dim * item]
-    attention += _gathered(T * cfg.num_heads * cfg.head_dim * item, choice.mesh)
-    inner = [3 * T * shard.mlp.width * item]  # gate, up, and the activation
-    mlp = [*stream, *inner, *_gathered(T * cfg.mlp_dim * item, choice.mesh)]
-    return tuple(max(attention, mlp, key=sum))
-
-
-def cluster_phases(workload: Workload, choice: Choice, topology: Topology) -> list[Phase]:
-    """Buffers while a full segment is clustered, put in slot order, and written."""
-    cfg, rule, item = workload.cfg, workload.clusters, topology.item_bytes
-    layout = workload.layout(topology.dtype)
-    share, group = slot_share(layout, choice.mesh, rule), head_share(cfg, choice.mesh)
-    tokens = min(workload.segment_tokens, workload.num_tokens)
-    heads, layers, D = max(share.owned_heads), len(cfg.full_layers), cfg.head_dim
-    clusters, units = rule.clusters_of(tokens), rule.columns_of(tokens) + rule.groups_of(tokens)
-    # B: problems that a rank clusters; kept: those that it puts in order; known: of its group.
-    B, kept, known = group.own_problems, heads * layers, group.group_kv_heads * layers
-    unit = 3 * D * _HALF + 3 * _INT
-    wide, labels, whole = B * tokens * D * _FLOAT, B * tokens * _LONG, known * tokens * D * item
-    widened = [] if item == _FLOAT else [wide, wide]
-    distance = tokens * clusters * _FLOAT
-    batch = min(B, max(1, _MAX_DISTANCE_BYTES[topology.is_cpu] // max(1, distance)))
-    some = batch * clusters * D * _FLOAT
-    own = [whole, whole, *widened]
-    if layout.is_fp8:  # as they were, and as the store gives them back
-        own += [whole, whole]
-    kmeans = [*own, batch * distance, batch * tokens * D * _FLOAT, some, some, labels]
-    statistics = [*own, wide, wide, labels, labels, B * units * unit]
-    moved, tables = kept * tokens * D * item, kept * units * unit
-    shared = known * (units * unit + tokens * _LONG) if choice.mesh.context > 1 else 0
-    ordered = [*(4 * [moved]), 2 * kept * tokens * _LONG, tables, shared]
-    each = moved // max(1, heads)
-    written = [moved, moved, *(2 * heads * [each]), tables, tables]
-    return [tuple(kmeans), tuple(statistics), tuple(ordered), tuple(written)]
-
-
 def question_phase(workload: Workload, choice: Choice, topology: Topology) -> Phase:
     """Buffers of a question: its own keys in every layer, evidence, logits, and a tile's look-up
     or, for one rank on a GPU, plans of kernels.
@@ -292,11 +233,6 @@ def peak_bytes(phases: Iterable[Phase], *, is_cpu: bool) -> int:
 def limits(topology: Topology, num_ranks: int) -> int:
     """Bytes that one rank may use: a GPU, or its share of the machine."""
     return topology.memory_bytes // (num_ranks if topology.is_cpu else 1)
-
-
-def _gathered(num_bytes: int, mesh: Mesh) -> list[int]:
-    """What a gather adds: the ranks' pieces, and the tensor made of them."""
-    return [num_bytes, num_bytes] if mesh.num_ranks > 1 else []
 
 
 def _use(

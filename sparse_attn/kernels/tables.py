@@ -27,7 +27,9 @@ class UnitTables:
     """
 
     def __init__(self, indexes: Sequence[CentroidIndex], *, of_groups: bool) -> None:
-        """Of one document: an index a layer, whose columns are the same in every layer."""
+        """Of one document: an index a layer, whose columns are the same in every layer. Keeps the
+        small tables alive, not the indexes: who has both can give a document up.
+        """
         units = [i.groups if of_groups else i.clusters for i in indexes]
         device, width = units[0].sizes.device, units[0].num_units
         sizes, slots = (
@@ -38,7 +40,7 @@ class UnitTables:
         if of_groups:
             firsts = [i.group_starts.int().contiguous() for i in indexes]
             counted = [i.group_counts.int().contiguous() for i in indexes]
-        self._kept: Sequence[object] = (units, sizes, slots, firsts, counted)
+        self._kept: Sequence[object] = (sizes, slots, firsts, counted)
         self.sizes, self.slots, self.firsts, self.counted = (
             torch.stack([rows_of(x) for x in own]) for own in (sizes, slots, firsts, counted)
         )

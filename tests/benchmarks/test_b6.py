@@ -14,7 +14,7 @@ from benchmarks.bars.b6 import compare, errors_of, is_within, judge
 from benchmarks.predictions import CASES, figures, predict_all, predict_case
 from benchmarks.watched import ChildrenWatch, children_of, status_bytes
 from orchestrator.planner import parse_machine, published_topology
-from tests.planner.machines import machine
+from tests.planner.machines import cpu_machine, machine
 
 
 def measured_like(predictions: dict[str, Any], factor: float) -> dict[str, Any]:
@@ -95,3 +95,9 @@ def test_children_are_watched_while_they_last() -> None:
     assert watch.peak_bytes >= 50 << 20
     assert status_bytes("self", "VmHWM") >= status_bytes("self", "VmRSS") > 0
     assert status_bytes(child.pid, "VmHWM") == 0
+
+
+def test_cases_of_a_cpu_are_predicted_too() -> None:
+    case = next(case for case in CASES if case.machine == "cpu")
+    plans = predict_case(case, cpu_machine())
+    assert set(plans) == {"exact", "centroid"}

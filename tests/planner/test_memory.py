@@ -16,9 +16,9 @@ from orchestrator.model.config import ModelConfig
 from orchestrator.model.layers import ModelWeights
 from orchestrator.model.shapes import SHAPES, random_weights, shape_config
 from orchestrator.model.shard import cut_model
+from orchestrator.planner.ingest_buffers import cluster_phases
 from orchestrator.planner.memory import (
     HEAP_BLOCK_BYTES,
-    cluster_phases,
     ingest_memory,
     kv_bytes,
     peak_bytes,

@@ -148,4 +148,4 @@ def test_what_does_not_fit_is_exit_code_1_with_the_remedy(
     caught = capsys.readouterr()
     assert caught.out == ""
     assert caught.err.count("\n") == 1
-    assert "plan --gpus 4xH100" in caught.err
+    assert "plan --gpus 3xH100" in caught.err
