@@ -69,7 +69,9 @@ class StepAttention:
         return self.attend_placed(layer_idx, q.contiguous())
 
     def room(self, layer_idx: int) -> Rooms:
-        """Where each question's key and value go in a layer."""
+        """Where each question's key and value go in a layer, for what is launched next."""
+        if self._windows[layer_idx] is None:
+            self._beside.join()  # plans overwrite what was read there
         if layer_idx not in self._rooms:
             place = self._places[layer_idx]
             tails = [question.tail_of(layer_idx) for question in self._questions]
@@ -86,7 +88,7 @@ class StepAttention:
             if place == 0:
                 _show(visible, [question.plans.sliding_tail.at for question in self._questions])
             return plan.run(place, q.unsqueeze(1)).out.squeeze(1)
-        self._beside.join()  # plans overwrite what was read there
+        self._beside.join()  # where no room was asked for
         sizes = [len(group.questions) for group in self._groups]
         each = list(zip(self._groups, torch.split(q, sizes), strict=True))
         attended = [group.attend(place, own) for group, own in each]

@@ -24,8 +24,8 @@ from sparse_attn.kernels.decode_checks import (
     check_keys,
     check_layer,
 )
-from sparse_attn.kernels.dense import attend_runs_kernel
-from sparse_attn.kernels.early import early_launch
+from sparse_attn.kernels.dense import MOST_AT_ONCE, attend_runs_kernel
+from sparse_attn.kernels.early import early_launch, ordered_launch
 from sparse_attn.kernels.evidence import Evidence, spans_of
 from sparse_attn.kernels.merge import merge_kernel, merge_options
 from sparse_attn.kernels.pieces import count_steady, runs_of, split_runs, steady_pieces
@@ -149,12 +149,14 @@ class Rows:
         block_r = min(64, max(16, triton.next_power_of_2(heads.num_queries * heads.per_group)))
         blocks = triton.cdiv(heads.num_queries * heads.per_group, block_r)
         kept = self.lse if scores is None else scores
+        # Of more programs than run at once the last wave came late where they had started early.
+        launch = early_launch if runs.shape[0] * blocks <= MOST_AT_ONCE else ordered_launch
         attend_runs_kernel[runs.shape[0], blocks](
             q, runs, visible, self.out, self.lse, kept, scale, heads.num_queries, self.num_parts,
             kept.shape[1],
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=self.kv,
             BLOCK_R=block_r, WINDOW=window, KEEPS=scores is not None, STORED=KV_TYPES[stored],
-            **early_launch(self.out.device), **dense_options(heads.head_dim),
+            **launch(self.out.device), **dense_options(heads.head_dim),
         )  # fmt: skip
 
     def merge(

@@ -22,14 +22,14 @@ STEADY_SLOTS = 128  # of the keys that every query reads, where one program woul
 RUN_COLUMNS = 8
 FAR_BEFORE = -(1 << 40)
 
-_RUNS = 264  # that fill a GPU: two a multiprocessor
+MOST_AT_ONCE = 264  # programs of these kernels: two a multiprocessor
 
 
 def run_slots(num_keys: int) -> int:
     """Slots of a run of a document with so many keys over its KV heads: a number of its own, the
     same in any batch.
     """
-    return min(4096, max(256, 1 << max(0, num_keys // _RUNS - 1).bit_length()))
+    return min(4096, max(256, 1 << max(0, num_keys // MOST_AT_ONCE - 1).bit_length()))
 
 
 @triton.jit

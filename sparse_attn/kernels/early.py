@@ -32,6 +32,11 @@ def early_launch(device: torch.device) -> dict[str, bool]:
     return {"EARLY": True, "launch_pdl": True} if can_start_early(device) else {"EARLY": False}
 
 
+def ordered_launch(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that starts when the last one is over, but lets the next start early."""
+    return {"EARLY": can_start_early(device)}
+
+
 @triton.jit
 def take_turn(EARLY: tl.constexpr):
     """Wait until the kernel ahead is over, and let the next one start."""

@@ -11,7 +11,7 @@ from sparse_attn.errors import ShapeMismatch
 from sparse_attn.folds import NUM_FOLDS
 from sparse_attn.kernels.decode import Attended, Heads, Rows
 from sparse_attn.kernels.decode_checks import check_keys
-from sparse_attn.kernels.early import can_start_early
+from sparse_attn.kernels.early import ordered_launch
 from sparse_attn.kernels.read import read_launch, read_options
 from sparse_attn.kernels.score import TILE_UNITS
 from sparse_attn.kernels.steps import read_kernel
@@ -66,7 +66,7 @@ class ListedDecode:
         self._check(slots, bounds)
         programs = max(1, _PROGRAMS // heads.num_problems)
         # Not early itself: what it reads may be what the kernel ahead writes.
-        early = {"EARLY": can_start_early(q.device)}
+        early = ordered_launch(q.device)
         read_kernel[programs, heads.num_problems](
             q, self._kv, slots, bounds, rows.lse, none, none, self._tables, none, bounds,
             rows.lse, rows.out, rows.lse,

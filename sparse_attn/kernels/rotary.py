@@ -2,6 +2,7 @@
 
 Owns that arithmetic, rounded where a chain of operators would round it (`layer.py`, whose rules
 hold here too), and where keys and values go: one buffer for all tokens, or one each.
+Never starts early: what is launched here may have been made to wait for another stream.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sparse_attn.errors import ShapeMismatch
 from sparse_attn.kernels.common import address
-from sparse_attn.kernels.early import early_launch, take_turn
+from sparse_attn.kernels.early import ordered_launch, take_turn
 from sparse_attn.kernels.layer_checks import check_buffers, check_first, check_like
 from sparse_attn.kernels.prefill_launch import padded
 
@@ -148,7 +149,7 @@ def rotate_append(
     rotate_append_kernel[(num_tokens, heads.shape[1])](
         heads, cos, sin, qk_norm, k_buffer, v_buffer, at, q,
         capacity, k_buffer.stride(0), v_buffer.stride(0), eps,
-        num_heads, num_kv_heads, dim, padded(dim // 2), num_warps=1, **early_launch(q.device),
+        num_heads, num_kv_heads, dim, padded(dim // 2), num_warps=1, **ordered_launch(q.device),
     )  # fmt: skip
     return q
 
@@ -171,7 +172,7 @@ def rotate_append_each(
     check_like(heads, torch.int64, rooms=(rooms, (num_tokens, 4)))
     rotate_append_each_kernel[(num_tokens, heads.shape[1])](
         heads, cos, sin, qk_norm, rooms, q, eps,
-        num_heads, num_kv_heads, dim, padded(dim // 2), num_warps=1, **early_launch(q.device),
+        num_heads, num_kv_heads, dim, padded(dim // 2), num_warps=1, **ordered_launch(q.device),
     )  # fmt: skip
     return q
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from sparse_attn.kernels.common import address, log_sum, rows_at
+from sparse_attn.kernels.early import take_turn
 
 TILE_UNITS = 128
 TILE_MEMBERS = 64  # of opened groups
@@ -69,6 +70,7 @@ def score_rows(
 def score_tile(
     q, tile, tables, log_mass, tile_lse, scale, num_queries, width, num_tiles, block,
     G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Scores of one tile of units for a block of rows (query, head of the group), and their sum.
 
@@ -87,7 +89,6 @@ def score_tile(
     is_row = row // P < num_queries
     problem = (document * num_queries + row // P) * G + head % G
     q_rows = problem * P + row % P
-    x, x_low, squares, squares_low, factor = load_queries(q, q_rows, is_row, scale, D)
     unit = tl.arange(0, TILE)
     is_unit = unit < count
     at = (head % G) * tl.load(table + 3) + first + unit
@@ -95,6 +96,8 @@ def score_tile(
     c = tl.load(rows_at(address(table, tl.float16), at, D), mask=is_loaded, other=0.0)
     var = tl.load(rows_at(address(table + 1, tl.float16), at, D), mask=is_loaded, other=0.0)
     sizes = tl.load(address(table + 2, tl.int32) + at, mask=is_unit, other=0)
+    take_turn(EARLY)
+    x, x_low, squares, squares_low, factor = load_queries(q, q_rows, is_row, scale, D)
     mass = score_rows(x, x_low, squares, squares_low, factor, c, var, sizes, is_unit)
     where = q_rows[None, :].to(tl.int64) * width + (first + unit)[:, None]
     tl.store(log_mass + where, mass, mask=is_loaded & is_row[None, :])

@@ -26,7 +26,7 @@ from sparse_attn.kernels.decode import (
     check_documents,
 )
 from sparse_attn.kernels.dense import STEADY_SLOTS
-from sparse_attn.kernels.early import can_start_early, early_launch
+from sparse_attn.kernels.early import early_launch
 from sparse_attn.kernels.evidence import Evidence
 from sparse_attn.kernels.pieces import count_steady, runs_of, steady_pieces
 from sparse_attn.kernels.read import read_launch, read_options
@@ -293,7 +293,7 @@ class CentroidDecode:
             self._mass, self._tile_lse, rows.out, rows.lse,
             self._scale, heads.num_queries, rows.num_parts, self._width, self._tile_lse.shape[1],
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim, KV=rows.kv, BLOCK_R=block_r,
-            BLOCK_N=STEADY_SLOTS, TILE=TILE_UNITS, num_warps=8, EARLY=can_start_early(q.device),
+            BLOCK_N=STEADY_SLOTS, TILE=TILE_UNITS, num_warps=8, **early_launch(q.device),
         )  # fmt: skip
 
     def _open(self, layer: int, q: Tensor) -> None:
@@ -306,7 +306,7 @@ class CentroidDecode:
             self._scale, heads.num_queries, rows.num_parts, self._width, self._packed,
             self._opened_lse.shape[1], self._bases[1],
             G=heads.num_kv_heads, P=heads.per_group, D=heads.head_dim,
-            BLOCK_R=heads.columns, BLOCK_N=TILE_UNITS,
+            BLOCK_R=heads.columns, BLOCK_N=TILE_MEMBERS,
             TILE_MEMBERS=TILE_MEMBERS, num_warps=4, **early_launch(q.device),
         )  # fmt: skip
 

@@ -28,18 +28,17 @@ def look_kernel(
     Grid: (steady runs and tiles of units, blocks of rows). Everything as in `dense.attend_run` and
     `score.score_tile`.
     """
-    take_turn(EARLY)
     item = tl.program_id(0)
     if item < num_runs:
         attend_run(
             q, runs + item * 8, visible, part_out, part_lse, log_mass, scale, num_queries,
             num_parts, 0, tl.program_id(1), G, P, D, KV, BLOCK_R, BLOCK_N, 1, 0, False,
-            KV, False,
+            KV, EARLY,
         )  # fmt: skip
     else:
         score_tile(
             q, tiles + (item - num_runs) * 4, tables, log_mass, tile_lse, scale, num_queries, width,
-            num_tiles, tl.program_id(1), G, P, D, BLOCK_R, TILE,
+            num_tiles, tl.program_id(1), G, P, D, BLOCK_R, TILE, EARLY,
         )  # fmt: skip
 
 

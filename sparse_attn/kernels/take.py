@@ -23,19 +23,25 @@ from sparse_attn.kernels.worth import bits_of, total_of
 
 
 @triton.jit
+def first_of(numbers, count, BLOCK: tl.constexpr):
+    """The first BLOCK of a list of so many."""
+    lane = tl.arange(0, BLOCK)
+    return tl.load(numbers + lane, mask=lane < count, other=0)
+
+
+@triton.jit
 def take_keys(
-    log_mass, width, sizes_at, firsts_at, counts_at, count, held, totals, limit, scratch, entries,
-    capacity, edges, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+    log_mass, width, sizes, sizes_at, firsts_at, counts_at, count, held, totals, limit, scratch,
+    entries, capacity, edges, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
     SHIFT: tl.constexpr,
 ):  # fmt: skip
     """By keys; the first BLOCK units stay on the chip, of others the benefits are written down.
 
-    held: how many may be asked for; to be the number of units, count need not be known before.
+    sizes: of the first BLOCK, of which so many as `held` could be asked for.
     """
     lane = tl.arange(0, BLOCK)
-    is_in = lane < held
-    sizes = tl.where(lane < count, tl.load(sizes_at + lane, mask=is_in, other=0), 0)
-    bits = bits_of(log_mass, width, lane, is_in, sizes, totals, P, BLOCK_P)
+    sizes = tl.where(lane < count, sizes, 0)
+    bits = bits_of(log_mass, width, lane, lane < held, sizes, totals, P, BLOCK_P)
     own = tl.where(sizes > 0, packed(sizes, SHIFT), 0)
     most = bits
     all_own = own
@@ -117,13 +123,15 @@ def take_kernel(
         firsts = address(at + 1, tl.int32)
         counts = address(at + 2, tl.int32)
         held = count
+        first_sizes = first_of(sizes, held, BLOCK)
         take_turn(EARLY)
     else:
         plane = tl.num_programs(0).to(tl.int64) * width
         sizes = units + plane + z * width
         firsts = sizes + plane
         counts = sizes
-        held = width
+        held = width  # so that nothing waits for `count`
+        first_sizes = first_of(sizes, held, BLOCK)
     entries += z * max_entries * 3
     steady, totals = total_of(
         steady_lse + z * steady_rows * P, num_steady, tile_lse + z * tile_rows * P, num_tiles,
@@ -138,8 +146,8 @@ def take_kernel(
         )  # fmt: skip
     else:
         at, noted = take_keys(
-            log_mass, width, sizes, firsts, counts, count, held, totals, limit, scratch, entries,
-            max_entries, edges, P, BLOCK_P, BLOCK, SHIFT,
+            log_mass, width, first_sizes, sizes, firsts, counts, count, held, totals, limit,
+            scratch, entries, max_entries, edges, P, BLOCK_P, BLOCK, SHIFT,
         )  # fmt: skip
     noted = tl.where(edges < count, noted, at)
     tl.store(place_bounds + z * 9 + fold, low_part(noted, SHIFT), mask=fold < 9)

@@ -131,7 +131,7 @@ def _open(kv: str, head_dim: int, per_group: int) -> Entry:
     constants = {
         **_shape(per_group, head_dim),
         "BLOCK_R": max(8, triton.next_power_of_2(per_group)),
-        "BLOCK_N": TILE_UNITS,
+        "BLOCK_N": TILE_MEMBERS,
         "TILE_MEMBERS": TILE_MEMBERS,
     }
     return steps.open_kernel, signature, constants, {"num_warps": 4}
