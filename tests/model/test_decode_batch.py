@@ -9,7 +9,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from orchestrator import questions
 from orchestrator.evaluation.synthetic import synthetic_context
@@ -20,9 +19,8 @@ from orchestrator.model.load import LoadedModel, load_model
 from orchestrator.place import alone
 from orchestrator.questions import Questions
 from orchestrator.steps import AttentionPlan, BeginQuestion, EndQuestion, Forward, ForwardEach
-from sparse_attn.kernels import selected
 from sparse_attn.kernels.backend import TritonBackend
-from tests.sparse_attn.decoding import reduce_by_halves
+from tests.sparse_attn.decoding import fewer_programs
 from tests.tiny_model import save_tiny_model
 
 PLANS = (
@@ -36,12 +34,10 @@ pytestmark = [  # logs of nothing, in what is masked
 
 
 @pytest.fixture(autouse=True)
-def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter pays for every program, and for every element of some sums."""
+def in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("tests/test_gpu.py asks the same of a GPU")
-    monkeypatch.setattr(selected, "_PROGRAMS", (4, 4))
-    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
+    fewer_programs(monkeypatch)
 
 
 @pytest.fixture(scope="module")

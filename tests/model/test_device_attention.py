@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from orchestrator.evaluation.synthetic import synthetic_context
 from orchestrator.model.attention import Attention, make_attention
@@ -19,9 +18,8 @@ from orchestrator.model.hf_config import config_from_hf
 from orchestrator.model.recorder import Recorder
 from orchestrator.steps import AttentionPlan
 from sparse_attn.api import find_backend
-from sparse_attn.kernels import selected
 from tests.model.tiny import CASES
-from tests.sparse_attn.decoding import reduce_by_halves
+from tests.sparse_attn.decoding import fewer_programs
 
 NUM_TOKENS, CAPACITY, WINDOW = 230, 6, 40
 WINDOWS = (None, WINDOW, None)
@@ -34,12 +32,10 @@ pytestmark = [  # logs of nothing, in what is masked
 
 
 @pytest.fixture(autouse=True)
-def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter pays for every program, and for every element of some sums."""
+def in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("tests/test_gpu.py asks the same of a GPU")
-    monkeypatch.setattr(selected, "_PROGRAMS", (4, 4))
-    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
+    fewer_programs(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from orchestrator.evaluation.synthetic import synthetic_context
 from orchestrator.model.context import DocumentContext
@@ -20,10 +19,9 @@ from orchestrator.model.hf_config import config_from_hf
 from orchestrator.model.recorder import Recorder
 from orchestrator.model.step_attention import StepAttention, kind_of
 from orchestrator.steps import AttentionPlan
-from sparse_attn.kernels import selected
 from sparse_attn.kernels.backend import TritonBackend
 from tests.model.tiny import CASES
-from tests.sparse_attn.decoding import reduce_by_halves
+from tests.sparse_attn.decoding import fewer_programs
 
 WINDOWS = (None, 40)
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 16
@@ -45,12 +43,10 @@ CAPACITIES = (3, 5, 3, 70, 4, 3)
 
 
 @pytest.fixture(autouse=True)
-def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter pays for every program, and for every element of some sums."""
+def in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("tests/test_gpu.py asks the same of a GPU")
-    monkeypatch.setattr(selected, "_PROGRAMS", (4, 4))
-    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
+    fewer_programs(monkeypatch)
 
 
 @pytest.fixture(scope="module")

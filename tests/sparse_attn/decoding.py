@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from sparse_attn import reference
 from sparse_attn.api import find_backend
 from sparse_attn.folds import NUM_FOLDS
+from sparse_attn.kernels import selected
 from sparse_attn.kernels.decode import Attended, DecodeDocument, DenseDecode, Heads
 from sparse_attn.kernels.selected import CentroidDecode
 from sparse_attn.select.base import Limit
@@ -133,6 +136,13 @@ def run(plan: Any, case: Case, q: Tensor | None = None) -> Attended:
     own = case.q.unsqueeze(0) if q is None else q
     found = plan.run(0, own.to(case.kind.device, case.kind.dtype).contiguous())
     return Attended(**{name: getattr(found, name).cpu().clone() for name in Attended.__slots__})
+
+
+def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter pays for every program of a grid, and for every element of some sums."""
+    monkeypatch.setattr(selected, "_PROGRAMS", (4, 4))
+    monkeypatch.setattr(selected, "_LEAST", (1, 1))
+    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
 
 
 def reduce_by_halves(own: Any, operands: Any) -> Any:

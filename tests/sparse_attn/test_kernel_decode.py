@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from triton.runtime import interpreter
 
 from sparse_attn import reference
 from sparse_attn.folds import NUM_FOLDS, Runs
-from sparse_attn.kernels import choice, decode, selected
+from sparse_attn.kernels import choice, selected
 from sparse_attn.kernels.decode import Attended, DecodeDocument
 from sparse_attn.kernels.search import MOST_AT_ONCE
 from sparse_attn.select.base import Limit
@@ -31,7 +30,6 @@ from tests.sparse_attn.decoding import (
     make,
     plan_of,
     read_units,
-    reduce_by_halves,
     run,
     steady_of,
 )
@@ -46,29 +44,6 @@ SMALL = (45, 1, 33, 27)
 # Some: enough to read, too few for the look-up to open every group.
 FEW, SOME, ALL = Limit(keys=0), Limit(keys=60), Limit(keys=10**6)
 SOME_OF_SMALL = Limit(keys=10)
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(Kind(device="cpu", dtype=torch.float32, out=1e-3, lse=1e-3), id="interpreter"),
-        pytest.param(
-            Kind(device="cuda", dtype=torch.bfloat16, out=1e-2, lse=1e-3),
-            id="gpu",
-            marks=pytest.mark.gpu,
-        ),
-    ]
-)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kind:
-    found: Kind = request.param
-    if found.is_exact and torch.cuda.is_available():
-        pytest.skip("the interpreter is for machines without a GPU")
-    if found.is_exact:  # every program of a grid costs time here, and every element of a sum
-        monkeypatch.setattr(selected, "_PROGRAMS", (4, 4))
-        # A product of 16 rows and 64 columns has other bits in numpy than one of more rows.
-        options = {"BLOCK_N": 128, "STAGES": 1, "num_warps": 4}
-        monkeypatch.setattr(decode, "dense_options", lambda head_dim: options)
-        monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
-    return found
 
 
 SHAPES = [(2, 2, 64), (6, 2, 16), (4, 1, 128), (7, 1, 64), (16, 1, 64), (1, 1, 256)]

@@ -7,11 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from sparse_attn import reference
 from sparse_attn.errors import AttentionError
-from sparse_attn.kernels import selected
 from sparse_attn.kernels.decode import Attended, DecodeDocument
 from sparse_attn.select.base import Limit
 from sparse_attn.state import Part
@@ -22,10 +20,10 @@ from tests.sparse_attn.decoding import (
     Kind,
     assert_bits,
     assert_near,
+    fewer_programs,
     keys_of,
     make,
     plan_of,
-    reduce_by_halves,
     run,
     scale_of,
     steady_of,
@@ -39,26 +37,6 @@ pytestmark = [  # logs of nothing, in what is masked
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
 ]
 SHAPE, LENGTHS = (6, 2), (45, 1, 33, 27)
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(Kind(device="cpu", dtype=torch.float32, out=1e-3, lse=1e-3), id="interpreter"),
-        pytest.param(
-            Kind(device="cuda", dtype=torch.bfloat16, out=1e-2, lse=1e-3),
-            id="gpu",
-            marks=pytest.mark.gpu,
-        ),
-    ]
-)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kind:
-    found: Kind = request.param
-    if found.is_exact and torch.cuda.is_available():
-        pytest.skip("the interpreter is for machines without a GPU")
-    if found.is_exact:  # every program of a grid costs time here, and every element of a sum
-        monkeypatch.setattr(selected, "_PROGRAMS", (4, 4))
-        monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
-    return found
 
 
 def cases(kind: Kind, *, spread: float = 2.0, head_dim: int = 16) -> tuple[Case, Case]:
@@ -94,8 +72,7 @@ def test_products_of_halves(
     """What a GPU does, whose streams are of half types, as the interpreter does it in float16."""
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
-    monkeypatch.setattr(selected, "_PROGRAMS", (4, 4))
-    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
+    fewer_programs(monkeypatch)
     case, _ = cases(Kind(device="cpu", dtype=torch.float16, out=2e-3, lse=1e-3))
     case = replace(case, q=case.q * factor)
     found = run(plan_of([case], limit), case)
